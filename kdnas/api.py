@@ -35,17 +35,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SearchResult:
-    """The best student of a search; ``distill`` takes this result in place of a student's shape.
+    """The best student of a search. ``distill`` accepts this object instead of a student's shape.
 
     Args:
         arch: the student's shape.
         trial: the number of the student's trial in ``trials.csv``.
         reward: the student's reward, which is the value that the search maximises.
-        loss: the objective's loss on held-out rows, after the student's short distillation in the
-            search.
-        contextual_share: how much the student has learned of what context adds in the teacher's
-            last layer. 0: no more than the teacher's embeddings predict linearly; 1: all of it;
-            negative: less than the embeddings predict.
+        loss: distillation loss on held-out rows, after the short distillation in the search.
+        contextual_share: how well the student predicts the teacher's last hidden states. 0: as well
+            as a linear map of the teacher's embeddings, which know no context; 1: as well as the
+            teacher itself; negative: worse than the embeddings.
         latency_ms: median latency of encoder and classification head, in milliseconds.
         speedup: the teacher's latency divided by the student's.
         num_parameters: parameters of encoder and classification head.
@@ -65,16 +64,16 @@ class SearchResult:
 
 @dataclass(frozen=True)
 class Student:
-    """A distilled student. It can be given wherever a function of this module takes a model.
+    """A distilled student. All functions of this module accept this object as a model.
 
     Args:
         model: a transformers encoder, without a head, in eval mode on the CPU.
         tokenizer: the teacher's tokenizer.
         arch: the student's shape.
-        loss: the objective's loss on held-out rows.
-        contextual_share: how much the student has learned of what context adds in the teacher's
-            last layer. 0: no more than the teacher's embeddings predict linearly; 1: all of it;
-            negative: less than the embeddings predict.
+        loss: distillation loss on held-out rows.
+        contextual_share: how well the student predicts the teacher's last hidden states. 0: as well
+            as a linear map of the teacher's embeddings, which know no context; 1: as well as the
+            teacher itself; negative: worse than the embeddings.
         num_parameters: parameters of the model.
         folder: folder of the distillation, with TensorBoard's curves.
     """
@@ -102,9 +101,9 @@ class GlueResult:
             over seeds; ``average``, the mean over tasks; ``spread``, the standard deviation of
             ``average`` over seeds; ``share_kept``, ``average`` divided by the first model's;
             ``latency_ms`` and ``latency_iqr_ms`` (median and interquartile range); ``speedup`` over
-            the first model; ``num_parameters``. With ``distill_from``, each model that learned from
-            this classifier also has ``gap_closed``: its gain in ``average`` over the same model
-            without this help, divided by the gap of that model to the first one (1: all of it).
+            the first model; ``num_parameters``. With ``distill_from`` (a fine-tuned teacher), each
+            model that learned from this teacher also has ``gap_closed``: its gain in ``average``
+            over the same model without the teacher, divided by that model's gap to the first model.
         folder: folder of the comparison, with ``runs.jsonl`` (a line for each fine-tuning).
     """
 
@@ -138,10 +137,9 @@ class ExportResult:
             card.
         max_abs_difference: largest absolute difference between the outputs of ``model.onnx`` and
             those of the student in torch.
-        int8: the comparison of the graphs ``model.int8.onnx`` and ``model.onnx``: ``method`` of
-            quantisation (``dynamic`` or ``static``), ``rows`` (a description of the rows that both
-            got), ``cosine`` between the outputs and, with a task, the scores ``int8_score`` and
-            ``score``.
+        int8: comparison of ``model.int8.onnx`` with ``model.onnx``: ``method`` of quantisation
+            (``dynamic`` or ``static``), ``rows`` (description of the input rows), ``cosine``
+            between the outputs and, with a task, the scores ``int8_score`` and ``score``.
         latency: a row for each ``batch`` and ``length``, with ``torch_ms``, ``onnx_ms`` and
             ``int8_ms``, in milliseconds on one CPU thread.
         sentences: for an export for sentence-transformers, ``cosine`` between the student's and the
@@ -162,9 +160,11 @@ class RunResult:
 
     Args:
         best: the best student of the search.
-        loss: the student's loss on held-out rows after full KD, the final distillation on all
+        loss: distillation loss on held-out rows after full KD, the final distillation on all
             training rows.
-        contextual_share: the same as in ``SearchResult``, but after full KD.
+        contextual_share: how well the student predicts the teacher's last hidden states after full
+            KD, between 0 (as well as embeddings without context) and 1 (as well as the teacher
+            itself).
         table: a row for each fine-tuned model, with ``score``, ``share_kept`` (``score`` divided by
             the teacher's), ``latency_ms``, ``speedup`` over the teacher and ``num_parameters``. The
             models are ``teacher``, ``student`` and three baselines: ``random`` (the student's shape
@@ -252,14 +252,16 @@ def run(teacher: Model, text: Text, task: Task | None = None, **settings: Any) -
     The same call again resumes a run that was stopped, and returns the results of a finished one.
 
     Args:
-        teacher: as for ``search``.
-        text: as for ``search``.
+        teacher: a model folder, a Hugging Face name, ``quickstart``, a pair ``(model, tokenizer)``,
+            or a ``Student``.
+        text: a text file, a folder of such files, a data set on the hub, ``quickstart``, a
+            ``datasets.Dataset``, or a list of texts.
         task: a labelled task to fine-tune on: a folder in GLUE's layout (``train.parquet``,
             ``validation.parquet``), the name of a GLUE task, ``quickstart``, or a
             ``datasets.DatasetDict`` with ``train`` and ``validation``. None: the student is
             distilled and exported as an encoder, without fine-tuning.
-        settings: ``speedup``, ``latency_ms``, ``num_parameters``, ``n_trials`` and ``num_epochs``
-            as for ``search``, and other fields of ``RunConfig``, such as ``name``.
+        settings: the arguments ``speedup``, ``latency_ms``, ``num_parameters``, ``n_trials`` and
+            ``num_epochs`` of ``search``, and other fields of ``RunConfig``, such as ``name``.
 
     Returns:
         The figures of the student and the baselines, the exported student, and the run's folder.
@@ -305,17 +307,19 @@ def distill(
     ``<root>/<name>``.
 
     Args:
-        teacher: as for ``search``.
-        text: as for ``search``.
+        teacher: a model folder, a Hugging Face name, ``quickstart``, a pair ``(model, tokenizer)``,
+            or a ``Student``.
+        text: a text file, a folder of such files, a data set on the hub, ``quickstart``, a
+            ``datasets.Dataset``, or a list of texts.
         arch: the student's shape, or the result of a search.
         num_epochs: passes over the training rows.
-        recipe: objective, initial weights and learning rates; None: ``Recipe()``.
+        recipe: loss, initial weights and learning rates; None: ``Recipe()``.
         data: how text becomes batches; None: ``DataSettings()``.
         states: where the teacher's hidden states are stored; None: ``StatesSettings()``.
         trainer: device and precision; None: ``TrainerSettings()``.
         name: name of the folder in ``root`` that gets logs, checkpoint and encoder.
         root: the folder of all runs.
-        seed: seed of the initial weights that are not made from the teacher's.
+        seed: random seed of the weights that are not initialised from the teacher.
 
     Returns:
         The student; its ``save_pretrained`` writes it to a folder.
@@ -362,10 +366,11 @@ def glue(
     one.
 
     Args:
-        models: models, each given like ``teacher`` of ``search``. The first is the one with which
-            all others are compared.
-        task: a task as for ``run``, or a list of tasks. None: fine-tune on your own labelled text,
-            which ``data`` (a file or folder) and ``text_column`` in ``settings`` name.
+        models: models, each a folder, a Hugging Face name, ``quickstart``, a pair ``(model,
+            tokenizer)`` or a ``Student``. All others are compared with the first.
+        task: a GLUE name, a folder of labelled rows, a ``datasets.DatasetDict``, or a list of
+            these. None: use your own labelled text, given by ``data`` (a file or folder) and
+            ``text_column`` in ``settings``.
         settings: other fields of ``GlueConfig``, such as ``seeds``, ``root`` and ``workers``.
 
     Returns:
@@ -394,11 +399,11 @@ def glue(
 
 
 def latency(models: Sequence[Model], **settings: Any) -> LatencyResult:
-    """Measure the latency of models, one beside the other, as ``kdnas latency`` does.
+    """Measure the latency of models in alternation, as ``kdnas latency`` does.
 
     Args:
-        models: models, each given like ``teacher`` of ``search``. The first is the one with which
-            all others are compared.
+        models: models, each a folder, a Hugging Face name, ``quickstart``, a pair ``(model,
+            tokenizer)`` or a ``Student``. All others are compared with the first.
         settings: other fields of ``LatencyConfig``. Several are lists, such as
             ``backend=["torch"]``, ``batch=[1, 8]`` and ``length=[128]``; every combination of their
             values is measured.
@@ -427,7 +432,7 @@ def export(student: Model | None = None, **settings: Any) -> ExportResult:
         student: a folder, a pair ``(model, tokenizer)`` of transformers objects, or a ``Student``.
             None: pass ``run=<name of a finished run>``, whose student is then exported.
         settings: other fields of ``ExportConfig``, such as ``output`` and ``force``. The fields
-            ``teacher``, ``text`` and ``task`` take what the function ``run`` takes.
+            ``teacher``, ``text`` and ``task`` accept the same values as the arguments of ``run``.
 
     Returns:
         The folder, and the results of its checks.
@@ -461,12 +466,12 @@ def _config(kind: Any, **settings: Any) -> Any:
 
 
 def _of(kind: Any, values: dict[str, Any]) -> Any:
-    """Build a result of class ``kind`` from those ``values`` whose keys are its fields."""
+    """Build a result object of class ``kind``; ``values`` that are not its fields are ignored."""
     return kind(**{name: values[name] for name in signature(kind).parameters})
 
 
 def _best(made: Run) -> SearchResult:
-    """Return the best student of ``made``, a run whose search is finished."""
+    """Return the best student of a run whose search is finished."""
     from kdnas.models.arch import StudentArch
     from kdnas.nas.trials import results_in
 

@@ -124,7 +124,7 @@ def test_a_stopped_distillation_goes_on(
         distill()
     last = tmp_path / "stopped" / "last.ckpt"
     faster = replace(recipe, learning_rate=1e-2)
-    of_a_set = "{7} (builtins.set) cannot be written as YAML: keep numbers, text"
+    of_a_set = "{7} (builtins.set) cannot be written as YAML: use numbers, text"
     for changed, told in (
         (
             {"recipe": faster, "num_epochs": 3},
@@ -140,7 +140,7 @@ def test_a_stopped_distillation_goes_on(
     ):
         with pytest.raises(UserError, match=re.escape(told)):
             distill(**changed)
-    told = "'stopped' is being made by process [0-9]+ of .*: wait for it, or"
+    told = "'stopped' is in use by process [0-9]+ of .*: wait for it, or"
     with Run(tmp_path, "stopped").alone("wait"), pytest.raises(UserError, match=told):
         distill()
 
@@ -157,7 +157,7 @@ def test_the_folder_of_a_run_takes_no_distillation(
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "config.yaml").write_text("teacher: t\n")
     with pytest.raises(
-        UserError, match="mine' is the folder of a search or a comparison: give another name"
+        UserError, match="mine' was made by a search or a comparison: give another name"
     ):
         api.distill(
             str(tiny_teacher),
@@ -279,9 +279,12 @@ def test_students_are_compared_measured_and_exported(
     exported = kdnas.export(student, teacher=pair, text=text, output="deployed")
     assert exported.folder == Path("deployed") and (exported.folder / "predict.py").exists()
     assert exported.int8["rows"] == "4 held-out texts" and exported.max_abs_difference <= 1e-4
-    with pytest.raises(UserError, match="A BertModel has no tokenizer: give .model, tokenizer."):
+    with pytest.raises(
+        UserError,
+        match="A BertModel without a tokenizer cannot be used: give the pair .model, tokenizer.",
+    ):
         kdnas.latency([student.model])
-    with pytest.raises(UserError, match="has int 7 in column 'text', row 2: give text"):
+    with pytest.raises(UserError, match="has the int 7 in column 'text', row 2: only text"):
         kdnas.distill(pair, ["a", 7], student.arch, **tiny)
 
 

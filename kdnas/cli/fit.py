@@ -96,7 +96,7 @@ class FlatData(KDDataModule):
 
 
 class KDCLI(LightningCLI):
-    """The Lightning CLI for one command, with defaults of kdnas; a fit also writes the student."""
+    """The Lightning CLI with kdnas's defaults, for one command; ``fit`` also saves the student."""
 
     def __init__(self, command: str, args: Sequence[str]) -> None:
         self.command = command
@@ -118,7 +118,7 @@ class KDCLI(LightningCLI):
         )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add the options of the Trainer's method, and those defaults that are objects."""
+        """Add the options of the Trainer's method, and the defaults that are objects."""
         skipped: set[str | int] = {*self.subcommands()[self.command], "return_predictions"}
         self.arguments = parser.add_method_arguments(pl.Trainer, self.command, skip=skipped)
         # The teacher's tokenizer reads the data.
@@ -126,7 +126,7 @@ class KDCLI(LightningCLI):
         parser.set_defaults({f"model.{name}": value for name, value in default_objects().items()})
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-        """Parse the options, and refuse settings that Lightning accepts but kdnas cannot use."""
+        """Parse the options, and raise an error for Lightning settings that kdnas cannot use."""
         assert isinstance(args, list)
         self.config = parse(parser, args)
         trainer = self.config.trainer
@@ -136,8 +136,8 @@ class KDCLI(LightningCLI):
             trainer.strategy = "ddp_find_unused_parameters_true"
         if trainer.overfit_batches:  # Lightning would replace our sampler by its own
             raise UserError(
-                f"trainer.overfit_batches is {trainer.overfit_batches}: "
-                "give --trainer.limit_train_batches instead."
+                f"trainer.overfit_batches is {trainer.overfit_batches}, which kdnas does not "
+                "support: give --trainer.limit_train_batches instead."
             )
         for name in ("accumulate_grad_batches", "check_val_every_n_epoch"):
             if trainer[name] == 0:
@@ -150,13 +150,14 @@ class KDCLI(LightningCLI):
             check_checkpoint(Path(path))
         elif path is None and not is_fit:
             raise UserError(
-                "ckpt_path is missing, so the student would be untrained: give the checkpoint of a "
-                "fit, such as --ckpt_path lightning_logs/version_0/checkpoints/NAME.ckpt."
+                "ckpt_path is missing, so the student would be untrained: give a checkpoint of "
+                "`kdnas fit`, such as --ckpt_path lightning_logs/version_0/checkpoints/NAME.ckpt."
             )
         # Lightning would load a checkpoint from a URL, which cannot be checked first.
         elif not is_fit or path not in (None, "last"):
             raise UserError(
-                f"ckpt_path is {path!r}: there is no such file; a checkpoint must lie on this disk."
+                f"ckpt_path is {path!r}, but this file does not exist: give a checkpoint on this "
+                "machine's disk."
             )
 
     def run(self) -> None:
@@ -164,7 +165,7 @@ class KDCLI(LightningCLI):
         # Each of several devices would hold the vectors of its share of the rows only.
         if self.command == "predict" and self.trainer.world_size > 1:
             raise UserError(
-                f"trainer.devices is {self.config.trainer.devices!r}: one device predicts; "
+                f"trainer.devices is {self.config.trainer.devices!r}, but predict uses one device: "
                 "give --trainer.devices 1."
             )
         options = {name: self.config[name] for name in self.arguments}
@@ -227,7 +228,7 @@ class KDCLI(LightningCLI):
         log.info("The vectors of %s held-out rows: %s", f"{len(table):,}", path)
 
     def renew_curves(self) -> None:
-        """Update the manifest of a folder to which ``validate`` or ``test`` has added curves."""
+        """Update the manifest of a folder to which ``validate`` or ``test`` has added logs."""
         own = own_folder(self.trainer)
         if own is not None and self.trainer.is_global_zero:
             for path in (*own.glob("events.out.tfevents.*"), *own.glob("metrics.csv")):
@@ -239,7 +240,7 @@ def _is_quiet() -> bool:
 
 
 def own_folder(trainer: pl.Trainer) -> Path | None:
-    """Return the folder that the first logger makes for this fit; None if other fits share it.
+    """Return the folder of this fit's first logger; None if other fits log to the same folder.
 
     All ranks must call this, as Lightning broadcasts the folder's name.
     """
@@ -251,7 +252,7 @@ def own_folder(trainer: pl.Trainer) -> Path | None:
 
 @contextmanager
 def _removed_if_it_never_starts(trainer: pl.Trainer) -> Iterator[None]:
-    """Make a fit's own folder, and remove it if the fit fails before its first step."""
+    """Context manager that makes a fit's folder; removed if the fit fails before its first step."""
     own = own_folder(trainer)
     if own is None or own.exists() or not trainer.is_global_zero:
         yield
@@ -266,10 +267,10 @@ def _removed_if_it_never_starts(trainer: pl.Trainer) -> Iterator[None]:
 
 
 class SaveConfigOnce(SaveConfigCallback):
-    """Writes a fit's config to the fit's folder, unless the same config is there already.
+    """Callback that writes a fit's config to the fit's folder, unless the same config is there.
 
-    It may be there on Slurm, where the folder is named by the job's number: a requeued job finds
-    the folder of its first start, and a second fit in one job finds that of the first fit.
+    On Slurm the folder is named by the job's number, so a requeued job finds the folder of its
+    first start, and a second fit in one job finds the first fit's.
     """
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:

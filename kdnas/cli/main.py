@@ -55,7 +55,7 @@ def main(args: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit code. 0: success. 1: training failed, memory ran out, or an exported file gives
-        different outputs from the student's. 2: an error of the user's, with a message that says
+        different outputs from the student's. 2: a mistake of the user, with a message that says
         what to change. 3: disk, network or hub failed. 130 after Ctrl-C, 143 after SIGTERM, 129
         after SIGHUP.
     """
@@ -135,7 +135,7 @@ def _interrupted(stop: type[BaseException], args: list[str]) -> int:
 
 
 def _set_log_level(args: list[str]) -> list[str]:
-    """Set the log level by ``--quiet`` and ``--log-level``, and return the other arguments."""
+    """Set the log level by ``--quiet`` and ``--log-level``; return the other arguments."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument(
         "--quiet", dest="level", action="store_const", const="warning", default="info"
@@ -195,7 +195,7 @@ _new_names: list[str] = []  # names chosen by --force-new
 
 
 def _quieten(*loggers: str) -> None:
-    """Silence messages of libraries, and the given loggers: they would hide the lines of kdnas."""
+    """Silence messages of libraries and of these loggers, which would hide kdnas's own lines."""
     # Import first: importing sets log levels.
     from transformers.utils import logging as transformers_logging
 
@@ -217,9 +217,9 @@ def _quieten(*loggers: str) -> None:
 
 
 def _console(is_answer: bool = False) -> Any:
-    """Return the console for progress, which ``--quiet`` silences.
+    """Return the rich console for progress, which ``--quiet`` silences.
 
-    With ``is_answer``, return the console for a command's answer, which is always shown.
+    With ``is_answer``, return the console for a command's results, which are always shown.
     """
     from rich.console import Console
 
@@ -241,9 +241,9 @@ def _plan(config: Any) -> None:
 
 
 def _new(config: Any, is_begun: bool) -> Any:
-    """Return the config with a name that is free, and log this name.
+    """Return the config with an unused run name, and log this name.
 
-    ``is_begun`` tells whether a run now begins under the name; if not, the log is at debug level.
+    ``is_begun``: whether a run starts under this name; if not, it is logged at debug level only.
     """
     from kdnas.system.files import free_name
 
@@ -266,7 +266,7 @@ def _run(args: Sequence[str]) -> None:
         raise UserError("--dry-run and --smoke are both given: give one of them.")
     if config.trial is not None and any(flags.values()):
         raise UserError(
-            "--trial takes a candidate of a finished search: leave out --dry-run, --smoke and "
+            "--trial uses a candidate of a finished search: leave out --dry-run, --smoke and "
             "--force-new."
         )
     if flags["force_new"]:
@@ -349,15 +349,16 @@ def _verify(args: Sequence[str]) -> None:
     if not folder.is_dir():
         if os.sep in options.run:
             raise UserError(
-                f"There is no folder {options.run!r}: give one, or the name of a run in --root."
+                f"There is no folder {options.run!r} to check: give one, or the name of a run in "
+                "--root."
             )
         folder = Run(options.root, options.run).folder
     num_files, faults = verify(folder)
     if faults:
         print(*faults, sep="\n")
         raise UserError(
-            f"{str(folder)!r} does not match its manifest ({counted(len(faults), 'fault')}): "
-            "restore it from a copy, or make it again."
+            f"{str(folder)!r} does not match its manifest.json ({counted(len(faults), 'fault')}, "
+            "listed above): restore the folder from a copy, or make it again."
         )
     print(f"{num_files} files of {str(folder)!r} match its manifest.")
     print(f"sha256 of its manifest: {file_sha256(folder / MANIFEST)}")

@@ -39,9 +39,9 @@ _ALONE = {"--grid": "--grid={}", "--force": "--force=true"}  # options that may 
 
 
 def default_objects() -> dict[str, Any]:
-    """Return the default objects of ``Recipe`` (objective and initial weights) as class paths.
+    """Return the default loss and initial weights of ``Recipe`` as class paths.
 
-    They become defaults of the parser, which could not write the objects themselves as YAML.
+    The parser needs these defaults in a form that YAML can store.
     """
     from kdnas.commands.config import as_plain  # imports torch, which takes seconds
     from kdnas.distillation.module import Recipe
@@ -58,8 +58,7 @@ def read_config(
         config_class: the dataclass of the config; its fields are the options.
         command: name of the command, such as ``run``.
         args: the options, with their values.
-        flags: options without a value that are not part of the config: maps each one's name to its
-            help text.
+        flags: further options without a value (such as ``--smoke``): name -> help text.
 
     Returns:
         The config, and for each name in ``flags`` whether this option was given.
@@ -105,10 +104,10 @@ def read_config(
 def normalize(args: Sequence[str]) -> list[str]:
     """Replace ``-`` in option names by ``_``, and ``configs/NAME.yaml`` by a shipped config's path.
 
-    A file ``configs/NAME.yaml`` in the current folder goes before the shipped config.
+    A file ``configs/NAME.yaml`` in the current folder has precedence over the shipped config.
 
     Raises:
-        UserError: neither this folder nor kdnas has a ``configs/NAME.yaml``.
+        UserError: neither the current folder nor kdnas has this file.
     """
     found: list[str] = []
     is_config = False
@@ -166,7 +165,7 @@ def _one_value_each(args: Sequence[str], hints: dict[str, Any]) -> list[str]:
 
 
 def _refuse_null(config_class: Any, values: Namespace, prefix: str = "") -> None:
-    """Refuse two mistakes that the parser accepts.
+    """Raise an error for two mistakes that the parser accepts.
 
     The first is ``null`` for a field that cannot be None. The second is a single value, such as
     ``search: 3``, for a field that is a group of options.
@@ -188,7 +187,7 @@ def _refuse_null(config_class: Any, values: Namespace, prefix: str = "") -> None
             elif value is not None:
                 raise UserError(
                     f"{name} is {value!r:.40}, but it is a group of options: give {name}.OPTION, "
-                    "or leave it out."
+                    f"or leave {name} out."
                 )
 
 
@@ -222,16 +221,16 @@ def parse(parser: ArgumentParser, args: Sequence[str]) -> Namespace:
         if error.name != "init_args":
             raise
         raise UserError(
-            "The command line gives another class than YAML, but the init_args in YAML are for "
-            "YAML's class: change the class in YAML."
+            "The command line gives another class than the YAML file, whose init_args are for the "
+            "file's class: change the class in the YAML file instead."
         ) from error
 
 
 def refuse_unknown(command: str, args: Sequence[str]) -> None:
-    """Refuse options and YAML keys that a command does not have, before torch is imported.
+    """Raise an error for unknown options and YAML keys of a command, without importing torch.
 
     Raises:
-        UserError: the command has no such option or key; the message has the nearest name.
+        UserError: an option or key is unknown; the message has the nearest known name.
     """
     options = known_options()
     takes = options[command] + (options["run"] if command in ("search", "space") else [])
@@ -256,9 +255,9 @@ def refuse_unknown(command: str, args: Sequence[str]) -> None:
 
 
 def _only_of_run(config_class: type[Any]) -> list[str]:
-    """Return the fields that ``RunConfig`` has and ``config_class``, a search's config, has not.
+    """Return the fields of ``RunConfig`` that ``config_class``, a search's config, lacks.
 
-    For a class that is no search's config, return an empty list.
+    For a class that is not a search's config, return an empty list.
     """
     from kdnas.commands.config import RunConfig, SearchConfig
 
@@ -269,9 +268,9 @@ def _only_of_run(config_class: type[Any]) -> list[str]:
 
 
 def _names(args: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """Yield each option among the arguments, and each key of the YAML files that they name.
+    """Yield the name of each option in the arguments, and each key of their YAML files.
 
-    Each comes as a pair: in words for messages (``option --seed``), and as a bare name (``seed``).
+    Each is a pair: words for messages (``option --seed``), and the name alone (``seed``).
     """
     for arg, path in _with_config(args):
         if path is not None:
@@ -283,7 +282,7 @@ def _names(args: Sequence[str]) -> Iterator[tuple[str, str]]:
 
 
 def _with_config(args: Sequence[str]) -> Iterator[tuple[str, Path | None]]:
-    """Yield each argument with the YAML file that it names; with None if it names none."""
+    """Yield pairs: each argument, and the YAML file that it names after ``--config`` (or None)."""
     for before, arg in zip(["", *args], args, strict=False):
         name, _, value = arg.partition("=")
         path = Path(arg if before in ("-c", "--config") else value if name == "--config" else "")
@@ -311,9 +310,10 @@ def values_in(args: Sequence[str]) -> Iterator[Any]:
 
 
 def refuse_pipes(values: Iterable[Any]) -> None:
-    """Refuse pipes and devices as values of options.
+    """Raise an error for pipes and devices as values of options.
 
-    For a group of options, such as ``--search``, the parser would open the value as a YAML file.
+    The parser would try to read them, as the value of an option group such as ``--search`` may be a
+    YAML file.
 
     Raises:
         UserError: a value is a pipe or a device; the message names the first such value.
@@ -325,7 +325,7 @@ def refuse_pipes(values: Iterable[Any]) -> None:
 
 @cache
 def refuse_ambiguous_yaml() -> None:
-    """Let jsonargparse refuse YAML with ambiguous values, which ``check_yaml`` finds."""
+    """Make jsonargparse refuse YAML that ``check_yaml`` finds ambiguous, such as duplicate keys."""
     parse_yaml = get_loader("yaml")
 
     def load(text: str) -> Any:

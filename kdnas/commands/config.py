@@ -22,7 +22,7 @@ from kdnas.training.trainer import TrainerSettings, class_path
 
 @dataclass(frozen=True)
 class SpaceSettings:
-    """Choices for the fields of the search space; null: the choices derived from the teacher.
+    """Possible sizes of students; null: the choices are derived from the teacher.
 
     Args:
         num_hidden_layers: numbers of layers.
@@ -44,10 +44,10 @@ class SearchSettings:
     """How many candidates are trained, how long, and how they are ranked.
 
     Args:
-        n_trials: number of distinct candidates to train, counted over all starts of the search.
-            Candidates that the pruner stops count; those that are refused or fail do not.
+        n_trials: number of distinct candidates to train, also counting those from before an
+            interruption. Pruned candidates count; those over budget or failed do not.
         num_epochs: epochs of each candidate's short distillation (mini-KD).
-        budget: hard limits; a student that breaks one is refused.
+        budget: hard limits; a student that breaks one is not trained.
         alpha: exponent of the latency factor in the reward, at most 0. 0 ranks by loss alone; with
             -0.06, half the latency raises the reward by 4 %.
         beta: latency, as a share of the teacher's, at which the latency factor is 1; it does not
@@ -79,8 +79,8 @@ class SearchLatencySettings(LatencySettings):
 
     Args:
         when: ``before_fit`` (before training) or ``after_fit`` (after training, in a callback).
-            null: before training if there is a budget, so that no time is spent on a student that
-            breaks it; otherwise after training.
+            null: before training if there is a budget (students over budget are then not trained),
+            otherwise after training.
     """
 
     when: Literal["before_fit", "after_fit"] | None = None
@@ -91,10 +91,10 @@ class FullKDSettings:
     """Full KD: the distillation of the best student on all training rows.
 
     Args:
-        num_epochs: passes over the rows. 0, or ``full_kd: null``: no full KD; the candidate's own
-            weights are fine-tuned and exported.
-        from_candidate: continue from the candidate's weights and optimizer state; if false, start
-            again from the teacher.
+        num_epochs: passes over the rows. 0, or ``full_kd: null``: no full KD; the weights from the
+            search are fine-tuned and exported.
+        from_candidate: continue from the student's weights and optimizer state in the search; if
+            false, start again from the teacher.
     """
 
     num_epochs: int = 4
@@ -124,8 +124,8 @@ class SearchConfig:
             hyperband, or the class path of any Optuna pruner, with its init_args.
         workers: number of processes that train candidates, and later fine-tune models, in parallel
             on this machine; each has its share of the cores and one GPU. null: one for each GPU or,
-            without a GPU, one for each core, at most four. 0: this process does everything, one job
-            at a time. While one process measures latency, the others pause.
+            without a GPU, one for each core, at most four. 0: no further process; one job at a
+            time. While one process measures latency, the others pause.
         executor: use a Dask cluster instead of processes on this machine: ``dask://HOST:PORT`` of
             its scheduler. Its workers, on any machine, must have been started in this folder.
         storage: SQLAlchemy URL of the study's database, to watch the study from elsewhere. null: an
@@ -144,8 +144,8 @@ class SearchConfig:
         trainer: device, precision, logger and callbacks.
 
     Raises:
-        UserError: a value is out of its range, two options contradict each other, or a part has a
-            seed of its own.
+        UserError: a value is out of its range, two options contradict each other, or ``data``,
+            ``finetune`` or another group has its own seed.
     """
 
     teacher: str
@@ -181,22 +181,25 @@ class SearchConfig:
             part = getattr(self, name, None)
             if part and part.seed not in (type(part).seed, self.seed):
                 raise UserError(
-                    f"{name}.seed is {part.seed}, but --seed sets it: give --seed instead."
+                    f"{name}.seed is {part.seed}, but the option --seed sets this seed: give "
+                    "--seed instead."
                 )
         if self.workers is not None and self.workers < 0:
-            raise UserError(f"workers is {self.workers}: give at least 0 (0: in this process).")
+            raise UserError(f"workers is {self.workers}: give at least 0 (0: all in this process).")
         if self.candidate_timeout is not None and (self.workers == 0 or self.executor):
             raise UserError(
-                "candidate_timeout works by killing a worker process of this machine: give "
-                "--workers 1 or more, and no --executor."
+                "candidate_timeout needs worker processes on this machine, which can be killed: "
+                "give --workers 1 or more, and no --executor."
             )
         for name in ("candidate_timeout", "time_budget"):
             if (minutes := getattr(self, name)) is not None and not minutes > 0:
-                raise UserError(f"{name} is {minutes}: give minutes above 0, such as 30.")
+                raise UserError(
+                    f"{name} is {minutes}: give a number of minutes above 0, such as 30."
+                )
 
     @property
     def num_workers(self) -> int:
-        """Number of processes: ``workers``, or this machine's default if that is None."""
+        """Number of worker processes: ``workers``, or this machine's default if that is None."""
         return usual_slots(self.trainer.accelerator) if self.workers is None else self.workers
 
     @property
@@ -220,13 +223,13 @@ class SpaceConfig(SearchConfig):
 class Grid:
     """Batch sizes and learning rates for fine-tuning; each model gets its best combination.
 
-    Combinations are compared with the first seed, and scored on a share of the training rows.
+    Combinations are compared with one seed, on a held-out share of the training rows.
 
     Args:
         batch_sizes: numbers of rows in a step.
         learning_rates: AdamW's peak learning rates.
-        held_out: share of the training rows that is held out to score combinations, above 0 and
-            below 1; the rows of the reported scores stay unseen.
+        held_out: share of the training rows that is held out to compare combinations, above 0 and
+            below 1. The validation rows, for the reported scores, are not used.
 
     Raises:
         UserError: a list is empty, or a value is out of its range.
@@ -250,25 +253,25 @@ class Grid:
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig(SearchConfig):
-    """Options of ``kdnas run``: those of a search, and of the stages after it.
+    """Options of ``kdnas run``: those of ``kdnas search``, and those of the later stages.
 
     Args:
         task: a labelled task to fine-tune on: a folder with train.parquet and validation.parquet in
             GLUE's layout, the name of a GLUE task on the hub (``stsb``), or ``quickstart``. Without
             a task, the encoder is exported.
-        trial: number of another candidate that this search has trained, to use instead of the best
-            one: full KD, fine-tuning, export and report become the run ``<name>-trial-<number>``.
+        trial: number of a trained candidate to use instead of the best one. Its full KD,
+            fine-tuning, export and report become the run ``<name>-trial-<number>``.
         task_distill: while the student is fine-tuned, let it also learn from the teacher that this
             run has fine-tuned.
         full_kd: the distillation of the best student on all rows.
-        grid: choose batch size and learning rate for each model first; ``--grid`` alone takes the
-            default choices.
+        grid: first choose the best batch size and learning rate for each model; ``--grid`` alone
+            uses the default choices.
         finetune: how teacher, student and baselines are fine-tuned; ``seed`` sets its seed.
         distill: how the student learns from the fine-tuned teacher.
-        time_budget: minutes of wall-clock time for the whole run. Unless a count of FLOPs says that
-            the run fits, it first measures for some minutes how long it will take. If that is too
-            long, it lowers the epochs of full KD, the rows and the candidates, and last the epochs
-            of fine-tuning; it lowers only values that are at their defaults. null: no limit.
+        time_budget: minutes of wall-clock time for the whole run. Unless it is surely short enough
+            (by its FLOPs), the run first measures its speed for some minutes. If it would take too
+            long, it lowers the epochs of full KD, the rows, the candidates and last the epochs of
+            fine-tuning, but only values that are at their defaults. null: no limit.
     """
 
     time_budget: float | None = 120.0
@@ -284,8 +287,8 @@ class RunConfig(SearchConfig):
     def num_devices(self) -> int:
         """Number of devices that share full KD: ``trainer.devices``, or all GPUs of this machine.
 
-        On a CPU it is 1 by default: threads of one process are faster than several processes, each
-        of which runs an optimizer of its own (LOG.md).
+        On a CPU the default is 1: threads of one process are faster than several processes, each
+        with its own optimizer (LOG.md).
         """
         is_here = self.num_workers > 0 and not self.executor
         return self.trainer.devices or (num_gpus(self.trainer.accelerator) if is_here else 0) or 1
@@ -297,9 +300,9 @@ class LatencyConfig:
 
     Args:
         model: models to measure (teachers or students): folders, names on the hub, or
-            ``quickstart``. The others are compared with the first, normally the teacher. Of an
-            exported folder, the ONNX backends measure its ONNX files. In all other cases only the
-            shape counts: weights are random, and a classification head is added.
+            ``quickstart``. The others are compared with the first, normally the teacher. If a model
+            is an exported folder, the ONNX backends measure its ONNX files. Otherwise only the
+            model's shape is used, with random weights and a classification head.
         backend: what runs the models: torch, torch-bf16, onnxruntime, onnxruntime-int8, cuda.
         batch: numbers of rows in a batch.
         length: numbers of tokens in a row.
@@ -350,8 +353,8 @@ class GlueConfig:
         text_column: text column of your own labelled text; give two columns for pairs.
         label_column: label column of your own labelled text. Whole numbers and text are classes;
             fractional numbers make a regression.
-        distill_from: a classifier fine-tuned on the task. Every model but the first (or the only
-            one) is also trained with its help, which adds a row to the table.
+        distill_from: a classifier fine-tuned on the task, as a teacher. Every model but the first
+            (or the only one) is also fine-tuned with this teacher, as another row of the table.
         name: name of the comparison and of its folder; the same name resumes it, also with more
             models, tasks or seeds.
         root: folder of all runs.
@@ -360,8 +363,8 @@ class GlueConfig:
         workers: number of processes that fine-tune in parallel, each with its share of the cores
             and one GPU. null: one for each GPU or, without a GPU, one for each core, at most four.
             0: this process does everything, one model at a time.
-        grid: choose batch size and learning rate for each model and task first; ``--grid`` alone
-            takes the default choices.
+        grid: first choose the best batch size and learning rate for each model and task; ``--grid``
+            alone uses the default choices.
         finetune: how models are fine-tuned; ``seeds`` sets its seed.
         distill: how models learn from ``distill_from``.
         latency: how latency is measured.
@@ -390,7 +393,7 @@ class GlueConfig:
 
     def __post_init__(self) -> None:
         if not self.model or len(set(self.model)) < len(self.model):
-            raise UserError(f"model is {self.model}: give at least one, without duplicates.")
+            raise UserError(f"model is {self.model}: give at least one model, each once.")
         if len(set(self.task)) < len(self.task):
             raise UserError(f"task is {self.task}: give no duplicates.")
         if self.task and self.text_column:
@@ -400,12 +403,13 @@ class GlueConfig:
             )
         if not self.task and self.data is None:
             raise UserError(
-                "There is no task: give --task (such as stsb), or --data FILE --text-column NAME."
+                "There is no task to fine-tune on: give --task (such as stsb), or --data FILE "
+                "--text-column NAME."
             )
         if self.finetune.seed != FinetuneSettings.seed:
             raise UserError(
-                f"finetune.seed is {self.finetune.seed}, but --seeds sets it: give --seeds NUMBER "
-                "instead."
+                f"finetune.seed is {self.finetune.seed}, but the option --seeds sets this seed: "
+                "give --seeds NUMBER instead."
             )
         if self.seeds < 1:
             raise UserError(f"seeds is {self.seeds}: give at least 1.")
@@ -422,17 +426,15 @@ class ExportConfig:
 
     Args:
         run: name of a run, whose student is exported.
-        student: instead of a run, a folder with any encoder or classifier and its tokenizer
-            (``glue`` and ``latency`` call it a model).
+        student: instead of a run, a folder with any encoder or classifier and its tokenizer.
         root: folder of all runs.
         format: ``transformers``, or ``sentence-transformers``: a sentence encoder with its
             teacher's pooling, compared with the teacher on texts and, with ``--task stsb``, by
             Spearman correlation. ``--as`` is the same option.
         output: folder to write. By default ``student/`` in the run's folder, or the student's
             folder with ``-export`` added to its name.
-        teacher: teacher of ``student``: a folder, a hub name or ``quickstart``. The model card
-            names it, and a student that cannot be of this teacher is refused. For a run, it is
-            known.
+        teacher: teacher of ``student``: a folder, a hub name or ``quickstart``. It is named on the
+            model card, and the student must fit it. Not needed for a run.
         task: labelled rows on which the int8 graph is scored: a folder or a GLUE name. For a run,
             its own task by default.
         data: your own labelled text instead of a task, as for ``kdnas glue``: a parquet, csv or tsv
@@ -470,7 +472,7 @@ class ExportConfig:
         if self.data and (self.task or not self.text_column):
             given = f"task is {self.task!r}" if self.task else "text_column is []"
             raise UserError(
-                f"data is {self.data!r} and {given}: give --data and --text-column, or --task "
+                f"data is {self.data!r}, but {given}: give --data with --text-column, or --task "
                 "alone."
             )
 
@@ -498,16 +500,16 @@ class ReportConfig:
 
     def __post_init__(self) -> None:
         if not self.run or len(set(self.run)) < len(self.run):
-            raise UserError(f"run is {self.run}: give at least one, without duplicates.")
+            raise UserError(f"run is {self.run}: give at least one run, each once.")
 
 
 def as_plain(value: Any) -> Any:
-    """Return a config as plain values for YAML, from which it can be read back.
+    """Return a config as plain values that YAML can store and read back.
 
     An object becomes its ``class_path`` and ``init_args``, a class or a function its path.
 
     Raises:
-        UserError: a value has no such form.
+        UserError: a value cannot be written in this way.
     """
     if dataclasses.is_dataclass(value):
         return {f.name: as_plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
@@ -524,8 +526,8 @@ def as_plain(value: Any) -> Any:
     path = f"{type(value).__module__}.{type(value).__qualname__}"
     if not hasattr(value, "__dict__"):
         raise UserError(
-            f"{value!r} ({path}) cannot be written as YAML: keep numbers, text, lists or objects "
-            "with attributes."
+            f"{value!r} ({path}) cannot be written as YAML: use numbers, text, lists, or objects "
+            "that store their arguments as attributes."
         )
     arguments = {name: as_plain(argument) for name, argument in vars(value).items()}
     return {"class_path": path} | ({"init_args": arguments} if arguments else {})

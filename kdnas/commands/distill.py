@@ -39,10 +39,10 @@ def distill(
     root: str,
     seed: int,
 ) -> dict[str, Any]:
-    """Distil one student on all rows; arguments and errors are as for ``kdnas.distill``.
+    """Distil one student on all rows; arguments and errors are those of ``kdnas.distill``.
 
     Returns:
-        What ``distill_student`` returns.
+        The result dictionary of ``distill_student``.
     """
     if num_epochs < 1:
         raise UserError(f"num_epochs is {num_epochs}: give at least 1.")
@@ -50,7 +50,7 @@ def distill(
     run.check_writable()
     if run.config.exists():
         raise UserError(
-            f"{str(run.folder)!r} is the folder of a search or a comparison: give another name."
+            f"{str(run.folder)!r} was made by a search or a comparison: give another name."
         )
     trainer.check()
     found = find_teacher(teacher)

@@ -40,7 +40,7 @@ MakeRows = Callable[[PreTrainedTokenizerBase], Rows]
 
 @dataclass(frozen=True)
 class _Choice:
-    """What to export and where, and the data for the model card and the checks."""
+    """What to export, the output folder, and the data for the model card and the checks."""
 
     source: Path
     folder: Path
@@ -54,14 +54,14 @@ class _Choice:
 
 @honest_signals()
 def export(config: ExportConfig, console: Console | None = None) -> Path:
-    """Export the student of a run, or any student, into one folder, and print its checks' results.
+    """Export the student of a run, or any student, to a folder, and print the checks' results.
 
     Args:
         config: options of ``kdnas export``.
         console: where to print; None: the terminal.
 
     Returns:
-        The folder.
+        The folder of the export.
 
     Raises:
         UserError: an option, the student, the teacher or the rows cannot be used; or the export
@@ -71,11 +71,11 @@ def export(config: ExportConfig, console: Console | None = None) -> Path:
     """
     if (config.run is None) == (config.student is None):
         raise UserError(
-            f"run is {config.run!r} and student is {config.student!r}: give one of the two."
+            f"run is {config.run!r} and student is {config.student!r}: give exactly one of the two."
         )
     if config.format not in FORMATS:
         raise UserError(
-            f"There is no format {config.format!r} to export as.{nearest(config.format, FORMATS)}"
+            f"There is no export format {config.format!r}.{nearest(config.format, FORMATS)}"
         )
     check_onnx()
     is_sentences = config.format == "sentence-transformers"
@@ -86,7 +86,7 @@ def export(config: ExportConfig, console: Console | None = None) -> Path:
         _check_teacher(choice.source, teacher)
     elif is_sentences:
         raise UserError(
-            "teacher is None, but sentence-transformers needs the teacher's pooling: "
+            "teacher is None, but the format sentence-transformers needs the teacher's pooling: "
             "give --teacher."
         )
     if config.hub_repo:
@@ -153,18 +153,25 @@ def _of_folder(config: ExportConfig) -> _Choice:
 
 
 def _output(config: ExportConfig, choice: _Choice) -> Path:
-    """Return the output folder; if it has content, this must be an export, and ``force`` be set."""
+    """Return the output folder; an earlier export in it is replaced only with ``force``.
+
+    Raises:
+        UserError: the folder is the student's own, is not an export, or ``force`` is needed.
+    """
     folder = Path(config.output) if config.output else choice.folder
     if config.output and folder.is_symlink():  # the link stays, and its target is replaced
         folder = folder.resolve()
     sweep(folder.parent, f".{folder.name}.*")
     if folder.resolve() == choice.source.resolve():
-        raise UserError(f"The folder {str(folder)!r} is the student itself: give another --output.")
+        raise UserError(
+            f"The output folder {str(folder)!r} is the student's own folder: give another --output."
+        )
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return folder
     if "checks" not in _manifest(folder):
         raise UserError(
-            f"{str(folder)!r} exists and is not an earlier export: give another --output."
+            f"{str(folder)!r} exists and is not an earlier export, so it is not replaced: give "
+            "another --output."
         )
     if not config.force:
         raise UserError(
@@ -179,7 +186,8 @@ def _task_and_corpus(
     columns = [] if config.data else config.text_column
     if len(columns) > (1 if choice.text else 0):
         raise UserError(
-            f"text_column is {columns}: give it with --data FILE, or one column with --text FILE."
+            f"text_column is {columns}, but without --data FILE only one column can be given, "
+            "together with --text FILE."
         )
     task = load_task(choice.task) if choice.task and not config.data else None
     if config.data:
@@ -193,7 +201,7 @@ def _task_and_corpus(
 def _rows(
     choice: _Choice, task: LoadedTask | None, corpus: Corpus | None, sentences: Sentences | None
 ) -> MakeRows | None:
-    """Return the function that makes the rows for the checks; None: check on random words."""
+    """Return a function that makes the rows for the checks; None: check on random words."""
     if sentences:
         return rows_of_texts(sentences.train, sentences.held_out)
     if task:
@@ -212,8 +220,8 @@ def _sentences(teacher: Teacher, corpus: Corpus | None, task: LoadedTask | None)
         return Sentences(teacher, corpus.train, corpus.held_out, task)
     if task is None:
         raise UserError(
-            "text and task are None, but sentence vectors are compared on texts: "
-            "give --text, or --task stsb, or both."
+            "Sentence vectors are compared on texts, but text and task are None: give --text, or "
+            "--task stsb, or both."
         )
     train, held_out = (
         [text for name in task.task.columns for text in rows[name]]
@@ -232,7 +240,7 @@ def _asking_the_hub(repo: str, if_away: str, if_refused: str) -> Iterator[None]:
 
 
 def check_hub(repo: str) -> None:
-    """Refuse before the export, not after it, if nobody is logged in to the hub.
+    """Raise an error before the export if nobody is logged in to the hub.
 
     Raises:
         UserError: nobody is logged in.
@@ -263,7 +271,7 @@ def export_run(run: Run, make_rows: MakeRows) -> dict[str, Any]:
 
 
 def is_exported(run: Run) -> bool:
-    """Whether the run's latest model is in ``student/``, not the model from before fine-tuning."""
+    """Whether ``student/`` holds the run's latest model, not an export from before fine-tuning."""
     made_from = _manifest(run.student).get("source_sha256")
     return run.student.exists() and made_from in (None, source_sha256(_source_of(run)))
 
@@ -287,7 +295,7 @@ def rows_of_task(task: LoadedTask, length: int, is_scored: bool = True) -> MakeR
 
 
 def rows_of_texts(train: Sequence[str], held_out: Sequence[str]) -> MakeRows:
-    """Return a function that makes rows of texts, without labels, given a tokenizer."""
+    """Return a function from a tokenizer to the rows, without labels, for an export's checks."""
     return lambda tokenizer: text_rows(
         train, held_out, tokenizer, min(MOST_TOKENS, tokenizer.model_max_length)
     )
@@ -317,7 +325,7 @@ def _source_of(run: Run, is_encoder: bool = False) -> Path:
 
 
 def _teacher_words(teacher: str) -> dict[str, str]:
-    """Return the card's fields for a teacher: its name and, if it is on the hub, ``base_model``."""
+    """Return the model card's fields for a teacher: its name and, if on the hub, ``base_model``."""
     if os.path.isdir(teacher) or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", teacher):
         return {"teacher": Path(teacher).resolve().name}
     if teacher == QUICKSTART:
@@ -354,7 +362,7 @@ def _run_card(run: Run, is_encoder: bool = False, teacher: str | None = None) ->
 
 
 def _check_teacher(source: Path, teacher: Teacher) -> None:
-    """Refuse a student whose family, inputs, sizes or kept teacher hash do not fit the teacher."""
+    """Raise an error if a student's family, inputs, sizes or recorded hash do not fit a teacher."""
     student, parent, name = load_student(source)[0].config, teacher.config, repr(teacher.name)
 
     def refused(why: str) -> UserError:
@@ -362,7 +370,8 @@ def _check_teacher(source: Path, teacher: Teacher) -> None:
 
     if student.model_type != parent.model_type:
         raise refused(
-            f"({student.model_type}) does not fit the teacher {name} ({parent.model_type})"
+            f"({student.model_type}) is of another family than the teacher {name} "
+            f"({parent.model_type})"
         )
     refuse_other_inputs(find_teacher(str(source)), teacher)
     for field in ("num_hidden_layers", "hidden_size"):

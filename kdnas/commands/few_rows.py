@@ -22,7 +22,7 @@ AnyConfig = TypeVar("AnyConfig", bound=SearchConfig)
 
 @dataclass(frozen=True)
 class Sizes:
-    """Numbers of rows in the user's text and task."""
+    """Numbers of rows in the user's whole text and task."""
 
     num_rows: int  # usable rows of text; an estimate from the sample, if the text has more
     num_train: int = 0  # labelled rows; 0 without a task
@@ -36,7 +36,7 @@ def with_few_rows(
     num_bytes: float = float("inf"),
     num_task_rows: int = NUM_ROWS,
 ) -> tuple[AnyConfig, Sizes]:
-    """Return the config on a few random rows of its text and task, and the sizes of text and task.
+    """Return a config for a few random rows of the text and task, and the sizes of both in full.
 
     Args:
         config: config of a search or a run.
@@ -81,8 +81,8 @@ def _few_rows(
     usable = {row: split for row, split in rows if row and row.strip()}
     if len(usable) < 2:
         raise UserError(
-            f"{text!r} has {len(usable)} usable rows among {len(rows):,}, and at least 2 are needed: "
-            f"is {config.data.column!r} the right column?"
+            f"Only {len(usable)} of {len(rows):,} rows of {text!r} are usable, but 2 are needed: "
+            f"check that {config.data.column!r} is the right column."
         )
     longest = 4 * config.data.max_length  # in bytes; a token has about four
     sizes = accumulate(min(longest, len(row.encode())) for row in usable)

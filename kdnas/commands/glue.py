@@ -47,12 +47,12 @@ from kdnas.training.trainer import TrainerSettings, own_random_numbers
 
 @dataclass(frozen=True)
 class TaskSource:
-    """Loads the labelled rows of a task, in the process of a job.
+    """Loads the labelled rows of a task, in the process that fine-tunes on them.
 
     Args:
         load: returns the task with its rows; must be picklable.
-        held_out: share of the training rows that is held out and scored, to choose settings. None:
-            the validation rows are scored.
+        held_out: share of the training rows to hold out and score instead of the validation rows,
+            to choose hyperparameters. None: score the validation rows.
     """
 
     load: Callable[[], LoadedTask]
@@ -65,13 +65,12 @@ class TaskSource:
 
 @dataclass(frozen=True)
 class Help:
-    """A teacher fine-tuned on the task, from which a model learns while it is fine-tuned.
+    """A fine-tuned teacher that helps a model while it is fine-tuned on the same task.
 
     Args:
         source: folder or hub name of the teacher.
         settings: how the model learns from the teacher.
-        key: hash of the teacher's weights and of ``settings``; it is a part of the name of the
-            model's folder.
+        key: hash of the teacher's weights and of ``settings``, for the name of the model's folder.
     """
 
     source: str
@@ -98,11 +97,11 @@ def fine_tuning(
         settings: how the classifier is fine-tuned.
         trainer: device and precision.
         folder: folder for the results.
-        help: teacher to learn from; None: learn from the labels alone.
+        help: fine-tuned teacher to learn from; None: learn from the labels alone.
         keep_model: whether to save the fine-tuned model.
 
     Returns:
-        What ``evaluate_glue`` returns.
+        The result dictionary of ``evaluate_glue``.
     """
     task = source()
     with own_random_numbers():
@@ -130,13 +129,13 @@ class Contender:
 
     Args:
         name: name shown in the table.
-        key: name of the model's folder; for different weights, ``contender`` makes different keys.
+        key: name of the model's folder, which differs if the weights differ.
         source: folder or hub name of the model's tokenizer.
         make: returns the model as a classifier, given the number of outputs; must be picklable.
-        shape: like ``make``, but with random weights, to measure latency.
-        helpers: for each task, by its name, the fine-tuned teacher from which the model also
-            learns; empty if it learns from the labels alone.
-        plain: if the model has helpers, the contender for the same model without them; else None.
+        shape: returns the model with random weights, to measure latency.
+        helpers: task name -> fine-tuned teacher from which the model also learns; empty: the model
+            learns from the labels alone.
+        plain: for a model with helpers, the contender of the same model without them; else None.
     """
 
     name: str
@@ -148,23 +147,23 @@ class Contender:
     plain: "Contender | None" = None
 
     def folder(self, task: LoadedTask) -> str:
-        """Return the folder of the model on a task, relative to the comparison's folder."""
+        """Return the folder of this model on a task, relative to the comparison's folder."""
         help = self.helpers.get(task.task.name)
         return f"{task.task.name}/{self.key}" + (f"-helped-{help.key}" if help else "")
 
 
 def contender(source: str, name: str, config: GlueConfig, tasks: Sequence[LoadedTask]) -> Contender:
-    """Return the contender for a pretrained encoder.
+    """Make the ``Contender`` (a model in the comparison) for a pretrained encoder.
 
     Raises:
-        UserError: there is no such encoder, or it takes fewer tokens than ``finetune.max_length``
-            or the settings of latency.
+        UserError: there is no such encoder, or its longest input is too short for
+            ``finetune.max_length`` or ``latency``.
     """
     found = find_teacher(source)
     if config.finetune.max_length > max_length(found.config):
         raise UserError(
-            f"finetune.max_length is {config.finetune.max_length}: the model {source!r} takes at "
-            f"most {max_length(found.config)} tokens."
+            f"finetune.max_length is {config.finetune.max_length}, but the model {source!r} takes "
+            f"at most {max_length(found.config)} tokens: give a smaller value."
         )
     check_length(found.config, config.latency)
     for task in tasks:
@@ -180,7 +179,7 @@ def with_help(
     tasks: Sequence[LoadedTask],
     distill: TaskDistillSettings,
 ) -> list[Contender]:
-    """Return contenders for the encoders of ``plain`` that also learn from a fine-tuned teacher.
+    """Return contenders like those in ``plain`` that also learn from a fine-tuned teacher.
 
     Args:
         plain: the contenders that learn from the labels alone.
@@ -210,7 +209,7 @@ def _safe(name: str) -> str:
 
 @dataclass(frozen=True)
 class Fit:
-    """One fine-tuning of a comparison: a contender on a task, with one seed or one grid point."""
+    """One fine-tuning: a model on a task, with one seed or one combination of the grid."""
 
     contender: Contender
     task: LoadedTask
@@ -219,7 +218,7 @@ class Fit:
     is_of_grid: bool
 
     def line(self) -> dict[str, Any]:
-        """Return the line of this fine-tuning in ``runs.jsonl``, once it is finished."""
+        """Return this fine-tuning's line for ``runs.jsonl``, once it is finished."""
         kind = "grid" if self.is_of_grid else "run"
         head = {"kind": kind, "model": self.contender.name, "folder": str(self.job.folder)}
         return head | dict(read_json(self.job.result_file))
@@ -227,7 +226,7 @@ class Fit:
 
 @dataclass
 class Comparison:
-    """Fine-tunes contenders on tasks; finished fine-tunings are kept, stopped ones resume.
+    """Fine-tunes models (contenders) on tasks and compares them; finished work is not repeated.
 
     Args:
         folder: folder for ``<task>/<contender>/seed_0/`` (TensorBoard logs, ``result.json`` and,
@@ -235,8 +234,8 @@ class Comparison:
             for ``results.json``.
         contenders: the models; all others are compared with the first.
         tasks: the tasks, with their rows.
-        sources: what loads each task in the process of a job, in the order of ``tasks``.
-        seeds: each seed, by the name of its folder.
+        sources: for each task, its ``TaskSource``, which loads its rows in the process of a job.
+        seeds: folder name (``seed_0``) -> seed.
         config: settings of fine-tuning, grid, latency and Trainer.
         engine: the engine that runs the fine-tunings.
         progress: a live display.
@@ -256,12 +255,11 @@ class Comparison:
 
         Returns:
             The content of ``results.json``: ``tasks``; the settings ``asked`` for; and ``models``,
-            which has for each contender ``scores`` by task and seed, their ``average``,
-            ``spread`` (standard deviation over seeds; None with one seed), ``share_kept``
-            (``average`` divided by the first contender's), latency, speed-up and parameters. A
-            contender with a helping teacher also has ``gap_closed``: the gain in ``average`` that
-            the help brings, divided by the gap of the same model without help to the first
-            contender (None if there is no gap).
+            which has for each contender ``scores`` by task and seed, their ``average``, ``spread``
+            (standard deviation over seeds; None with one seed), ``share_kept`` (``average`` divided
+            by the first contender's), latency, speed-up and parameters. A contender with a helping
+            teacher also has ``gap_closed``: its gain in ``average`` over the same model without
+            help, divided by that model's gap to the first contender (None without a gap).
         """
         asked, path = self._asked(), self.folder / "results.json"
         if path.is_file() and (known := dict(read_json(path)))["asked"] == asked:
@@ -286,8 +284,8 @@ class Comparison:
             All fine-tunings except the grid's, ordered by task, then contender, then seed.
 
         Raises:
-            CandidateFailed: a fine-tuning failed; or, of a grid, all those of one contender on one
-                task did.
+            CandidateFailed: a fine-tuning failed, or all combinations of the grid failed for a
+                contender on a task.
         """
         grid = self._grid_fits()
         self._do(grid)
@@ -347,11 +345,11 @@ class Comparison:
         return found
 
     def _plain(self) -> list[Contender]:
-        """Return each model without help; what its grid chooses is used with help too."""
+        """Return the models without a helping teacher; only they are tried on the grid."""
         return list({(one.plain or one).key: one.plain or one for one in self.contenders}.values())
 
     def _settings(self, one: Contender, task: LoadedTask, grid: Sequence[Fit]) -> FinetuneSettings:
-        """Return a contender's settings on a task: the config's or, with a grid, its best point."""
+        """Return a contender's settings on a task: the config's, or the best of the grid."""
         if not grid:
             return self.config.finetune
         plain, name = one.plain or one, task.task.name
@@ -359,7 +357,10 @@ class Comparison:
         scores = [read_json(fit.job.result_file)["score"] for fit in ours]
         done = [(score, fit) for score, fit in zip(scores, ours, strict=True) if score is not None]
         if not done:
-            raise CandidateFailed(f"Every point of the grid failed for {plain.name!r} on {name!r}.")
+            raise CandidateFailed(
+                f"All combinations of the grid failed for {plain.name!r} on {name!r}: see job.log "
+                "in their folders."
+            )
         score, best = max(done, key=lambda pair: float(pair[0]))
         if one is plain or plain not in self.contenders:
             self._say(
@@ -369,7 +370,7 @@ class Comparison:
         return best.settings
 
     def _do(self, fits: Sequence[Fit]) -> None:
-        """Run unfinished fine-tunings; if one of a grid fails, write its result without a score."""
+        """Run unfinished fine-tunings; one of the grid that fails gets a result without a score."""
         by_folder = {fit.job.folder: fit for fit in fits}
 
         def ended(job: Job) -> None:
@@ -418,7 +419,7 @@ class Comparison:
         return rows
 
     def measure_rows(self, rows: Mapping[str, dict[str, Any]], score: str) -> None:
-        """Add latency, speed-up, share of the first contender's score and parameters to each row.
+        """Add latency, speed-up, number of parameters and the share of the first score to each row.
 
         Args:
             rows: a row for each contender, by its name; changed in place.
@@ -484,7 +485,7 @@ def score_table(results: dict[str, Any]) -> Table:
 
 
 def _cell(mean: float, spread: float | None) -> str:
-    """Return mean and spread as the text of a cell, on two lines: five tasks fit 80 columns."""
+    """Return mean and spread as text on two lines, so that five tasks fit in 80 columns."""
     return f"{mean:.3f}" if spread is None else f"{mean:.3f}\n±{spread:.3f}"
 
 
@@ -499,7 +500,7 @@ def glue(config: GlueConfig, console: Console | None = None) -> dict[str, Any]:
         console: where to print; None: the terminal.
 
     Returns:
-        What ``Comparison.run`` returns.
+        The results, as from ``Comparison.run``.
 
     Raises:
         UserError: an option, a model or the rows cannot be used; or another process is working on

@@ -37,15 +37,14 @@ SLOWEST_CORE, SLOWEST_START = 20e9, 60.0
 
 @dataclass(frozen=True)
 class Choice:
-    """The lowered settings of a run; they are saved with the run, which resumes with them.
+    """The settings that were lowered so that a run fits its time budget; saved in the run's folder.
 
     Args:
         minutes: minutes of the time budget that were left after the measurement on a few rows.
-        as_asked: minutes that the run would need with the settings that were asked for.
-        needed: minutes that it needs with the lowered settings.
-        after_search: the part of ``needed`` that the stages after the search take.
-        values: for each lowered setting, by its name in YAML, the value asked for and the chosen
-            one.
+        as_asked: minutes that the run would need with the user's settings.
+        needed: minutes that the run needs with the lowered settings.
+        after_search: the part of ``needed`` for the stages after the search.
+        values: name of each lowered setting in YAML -> the user's value and the lowered one.
     """
 
     minutes: float
@@ -56,7 +55,7 @@ class Choice:
 
     @classmethod
     def of(cls, config: RunConfig, measured: Measured, minutes: float) -> "Choice":
-        """Choose settings with which a run needs at most ``minutes``, or as few as possible."""
+        """Lower settings until a run needs at most ``minutes``, or as little as possible."""
         chosen = cut_to(config, measured, minutes)
         values = {name: (value_of(config, name), value_of(chosen, name)) for name in LEVERS}
         plan = measured.plan(chosen)
@@ -70,7 +69,7 @@ class Choice:
 
     @classmethod
     def kept(cls, config: RunConfig) -> "Choice | None":
-        """Return the settings that were lowered when the run started; None if none were saved."""
+        """Read the lowered settings that were saved when the run started; None: there are none."""
         file = Run(config.root, config.name).choice
         if not file.exists():
             return None
@@ -79,13 +78,13 @@ class Choice:
         return cls(**found, values=values)
 
     def keep(self, run: Run) -> None:
-        """Save the choice in the run's folder."""
+        """Save the lowered settings in the run's folder."""
         write_json(run.choice, asdict(self))
 
     def of_config(self, config: RunConfig) -> RunConfig:
-        """Return the config with the chosen values.
+        """Return the config with the lowered values.
 
-        A setting whose value in ``config`` is no longer the one asked for at the choice is kept.
+        If the user has meanwhile changed a setting in ``config``, the user's value is kept.
         """
         return with_values(
             config,
@@ -102,7 +101,7 @@ class Choice:
         return self.needed <= self.minutes
 
     def lines(self) -> Iterator[str]:
-        """Yield the lines that explain the choice on the terminal."""
+        """Yield lines for the terminal that say which settings were lowered and why."""
         if self.values:
             yield f"With these settings the run would need about {self.as_asked:.0f} minutes. Lowered:"
             for name, (asked, chosen) in self.values.items():
@@ -128,9 +127,9 @@ def in_time(config: RunConfig, console: Console) -> tuple[RunConfig, Choice | No
         console: where to print what is lowered.
 
     Returns:
-        The lowered config, and the choice. The choice is None, and the config unchanged, if the run
-        has no time budget, is certainly short enough, uses an executor or was started without a
-        choice.
+        The lowered config, and the ``Choice`` of lowered values. The choice is None, and the config
+        unchanged, if the run has no time budget, is certainly short enough, uses an executor, or
+        was started without lowering.
     """
     run, choice = Run(config.root, config.name), Choice.kept(config)
     if choice is None:
@@ -149,16 +148,16 @@ def in_time(config: RunConfig, console: Console) -> tuple[RunConfig, Choice | No
 
 
 def _is_open(config: RunConfig) -> bool:
-    """Whether a choice can be made: there is a time budget, and the run has not been started.
+    """Whether settings may be lowered: there is a time budget, and the run was not started yet.
 
-    With an executor no choice can be made: other machines are not measured.
+    With an executor they may not: the speed of other machines is not measured.
     """
     is_begun = Run(config.root, config.name).config.exists()
     return not (is_begun or config.time_budget is None or config.executor)
 
 
 def choose(config: RunConfig) -> tuple[Choice, Plan]:
-    """Measure a few rows; return the lowered settings for the time budget, and their plan."""
+    """Measure a few rows; return the settings to lower for the time budget, and the plan."""
     assert config.time_budget is not None
     begin = time.monotonic()
     measured = measure(config)
@@ -168,12 +167,12 @@ def choose(config: RunConfig) -> tuple[Choice, Plan]:
 
 
 def plan_in_time(config: SearchConfig) -> tuple[Choice | None, Plan]:
-    """Return what a search or a run will need, for ``--dry-run``.
+    """Return the expected time, disk and memory of a search or a run, for ``--dry-run``.
 
     Returns:
-        The choice (the lowered settings), and the plan with these settings. The choice is None for
-        a search, without a time budget, with an executor, and for a run that was started without a
-        choice.
+        The ``Choice`` of lowered settings, and the ``Plan`` with these settings. The choice is None
+        for a search, without a time budget, with an executor, and for a run that was started
+        without lowering.
     """
     choice = None
     if isinstance(config, RunConfig):
@@ -187,10 +186,10 @@ def plan_in_time(config: SearchConfig) -> tuple[Choice | None, Plan]:
 def cut_to(config: RunConfig, measured: Measured, minutes: float) -> RunConfig:
     """Lower settings of a config until the run needs at most ``minutes``.
 
-    A setting that is not at its default was asked for, and is kept. Settings are lowered in this
-    order: epochs of full KD, rows beyond ``ENOUGH_TOKENS`` (from which scores rise no more), the
-    rows of each candidate and the number of candidates, then further rows. The epochs of
-    fine-tuning come last: with one epoch less, all other settings are lowered again from the first.
+    Only settings at their defaults are lowered, in this order: epochs of full KD, rows beyond
+    ``ENOUGH_TOKENS`` (where scores stop rising), the rows of each candidate and the number of
+    candidates, then further rows. The epochs of fine-tuning come last: with one epoch less, all
+    other settings are lowered again from the first.
 
     Args:
         config: config of the run.
@@ -210,7 +209,7 @@ def cut_to(config: RunConfig, measured: Measured, minutes: float) -> RunConfig:
 
 
 def _options(config: RunConfig, measured: Measured) -> Iterator[dict[str, Any]]:
-    """Yield sets of settings to lower, in the order of ``cut_to``: at first none, at last all."""
+    """Yield sets of settings to lower, for ``cut_to``: first none, then more and more, last all."""
     enough, fewest = _shares(config, measured)
     first = [
         {"full_kd.num_epochs": 2},
@@ -237,9 +236,9 @@ def _options(config: RunConfig, measured: Measured) -> Iterator[dict[str, Any]]:
 
 
 def _shares(config: RunConfig, measured: Measured) -> tuple[float, float]:
-    """Return two shares of the text: one with enough tokens, and the smallest to go down to.
+    """Return two shares of the text's rows: one with enough tokens, and the smallest allowed.
 
-    The first is smaller if the teacher's states of it would take more than ``states.max_gb``.
+    The first is smaller if the teacher's hidden states for it would exceed ``states.max_gb``.
     """
     tokens, num_bytes = sum(measured.tokens), measured.teacher.num_bytes
     enough = min(1.0, ENOUGH_TOKENS / tokens)
@@ -249,7 +248,7 @@ def _shares(config: RunConfig, measured: Measured) -> tuple[float, float]:
 
 
 def _fewer_rows(share: float, least: float) -> list[dict[str, Any]]:
-    """Return steps from one share of the text down to another, each a fifth less."""
+    """Return shares of the text from ``share`` down to ``least``, each a fifth smaller."""
     shares = []
     while share > least:
         share = max(least, 0.8 * share)
@@ -258,7 +257,7 @@ def _fewer_rows(share: float, least: float) -> list[dict[str, Any]]:
 
 
 def _is_lower(config: RunConfig, name: str, value: Any) -> bool:
-    """Whether a setting is at its default, and ``value`` would lower it."""
+    """Whether a setting is at its default and ``value`` is lower."""
     asked = value_of(config, name)
     if asked != value_of(RunConfig(teacher="", text=""), name):
         return False
@@ -283,7 +282,7 @@ def with_values(config: RunConfig, values: dict[str, Any]) -> RunConfig:
 
 
 def rough_minutes(config: RunConfig) -> float:
-    """Return an upper bound of a run's minutes: its FLOPs on a slow machine; nothing is trained.
+    """Return an upper bound of a run's minutes, from its FLOPs on a slow machine, without training.
 
     Raises:
         UserError: an option, the teacher, the text or the task cannot be used.

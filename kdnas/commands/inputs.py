@@ -88,37 +88,37 @@ class Inputs:
 
     @property
     def target_layers(self) -> list[int]:
-        """The teacher layers that any student of the space may need; one cache has them all."""
+        """Teacher layers whose hidden states any student of the search space may need."""
         depths = self.space.choices["num_hidden_layers"]
         num_layers = self.teacher.config.num_hidden_layers
         return needed_layers(self.config.recipe.objective, depths, num_layers)
 
     @property
     def states_settings(self) -> StatesSettings:
-        """Settings of the stored states, with the folder filled in."""
+        """Settings of the teacher's stored hidden states, with the folder filled in."""
         return replace(self.config.states, folder=str(states_folder(self.config)))
 
     @property
     def device(self) -> str:
-        """Device of the teacher while its states are computed: ``cuda`` or ``cpu``."""
+        """Device of the teacher while its hidden states are computed: ``cuda`` or ``cpu``."""
         on_gpu = self.config.trainer.accelerator in ("auto", "gpu", "cuda")
         return "cuda" if on_gpu and torch.cuda.is_available() else "cpu"
 
     def states(self, split: Split) -> TeacherStates:
-        """Return the teacher's states for a split and the held-out rows; compute missing ones."""
+        """Return the teacher's hidden states of a split and held-out rows; compute missing ones."""
         data, layers = self.data.select(split), self.target_layers
         settings, precision = self.states_settings, self.config.trainer.precision
         return open_states(self.teacher, data, layers, settings, self.device, precision)
 
     @property
     def cache(self) -> StateCache:
-        """The cache of the teacher's states, which may still be empty."""
+        """The cache of the teacher's hidden states, which may still be empty."""
         of, precision = (self.teacher, self.data), self.config.trainer.precision
         return state_cache(*of, self.target_layers, self.states_settings, self.device, precision)
 
     @cached_property
     def bench(self) -> Bench:
-        """Everything that all candidates share; missing states of the teacher are computed."""
+        """What all candidates share; the teacher's missing hidden states are computed first."""
         search = self.config.search
         return Bench(
             teacher=self.teacher,
@@ -141,7 +141,7 @@ class Inputs:
 
 @dataclass(frozen=True)
 class RunContext:
-    """A run in progress: its inputs, engine and console, and where its Optuna study is stored."""
+    """A run in progress: its inputs, engine, console and Optuna study."""
 
     inputs: Inputs
     engine: Engine
@@ -157,11 +157,11 @@ class RunContext:
         return self.inputs.run
 
     def study(self) -> Study:
-        """Open the study as it is stored now; wait while its database does not answer."""
+        """Open the Optuna study in its current state; wait while its database does not answer."""
         return patiently(self.open_study, self.storage)
 
     def open_study(self) -> Study:
-        """Open the study without waiting: errors of its database are raised."""
+        """Open the Optuna study; if its database does not answer, raise the error at once."""
         config = self.config
         sampler, pruner = make_sampler(config.sampler, config.seed), make_pruner(config.pruner)
         results = results_in(self.run.folder)
@@ -197,18 +197,18 @@ class RunContext:
 
 
 def states_folder(config: SearchConfig) -> Path:
-    """Return the folder of the teacher's states: ``states.folder``, or one beside the runs."""
+    """Return the folder of the teacher's hidden states: ``states.folder``, or its default."""
     return Path(config.states.folder or Run(config.root, config.name).states)
 
 
 def refuse_other_config(run: Run, config: SearchConfig) -> None:
-    """Refuse a config that differs from the one with which the run was started.
+    """Raise an error if a config differs from the one with which the run was started.
 
     Settings may differ if they change no result, or belong to a stage that has not started.
 
     Raises:
-        UserError: a setting differs that may not; or the run's folder is that of a comparison,
-            which ``kdnas glue`` made.
+        UserError: another setting differs; or the run's folder belongs to a comparison that ``kdnas
+            glue`` made.
     """
     if not run.config.exists():
         return
@@ -234,7 +234,7 @@ def refuse_other_config(run: Run, config: SearchConfig) -> None:
 
 
 def is_finished(run: Run, config: Mapping[str, Any]) -> bool:
-    """Whether each stage that a config asks for has written its last file."""
+    """Whether all stages that a config asks for are finished."""
     last = [run.best_student]
     if "full_kd" in config:
         last = [run.full_kd / "result.json", run.student, run.report]
@@ -250,7 +250,7 @@ def _plain(config: SearchConfig) -> dict[str, Any]:
 
 
 def check_place(config: SearchConfig) -> Run:
-    """Check that a run's folders can be written, and that it was not started with another config.
+    """Check that a run's folders are writable and were not used with another config.
 
     Nothing is written.
 
@@ -258,7 +258,7 @@ def check_place(config: SearchConfig) -> Run:
         The run.
 
     Raises:
-        UserError: a folder cannot be written, or the run was started with another config.
+        UserError: a folder is not writable, or the run was started with another config.
     """
     run = Run(config.root, config.name)
     refuse_other_config(run, config)
@@ -268,7 +268,9 @@ def check_place(config: SearchConfig) -> Run:
 
 
 def validate(config: SearchConfig) -> tuple[Run, Teacher, SearchSpace, LatencyMeter]:
-    """Check everything except text and task, the cheapest first; nothing is written.
+    """Check all options, the teacher and the folders of a run, but not text and task.
+
+    The cheapest checks come first; nothing is written.
 
     Returns:
         The run, the teacher, the search space and the meter of latency.
@@ -294,21 +296,21 @@ def validate(config: SearchConfig) -> tuple[Run, Teacher, SearchSpace, LatencyMe
     most = max_length(teacher.config)
     if isinstance(config, RunConfig) and config.task and config.finetune.max_length > most:
         raise UserError(
-            f"finetune.max_length is {config.finetune.max_length}: the teacher {config.teacher!r} "
-            f"takes at most {most} tokens."
+            f"finetune.max_length is {config.finetune.max_length}, but the teacher "
+            f"{config.teacher!r} takes at most {most} tokens: give a smaller value."
         )
     return run, teacher, space, meter
 
 
 def space_of(config: SearchConfig, teacher: Teacher) -> SearchSpace:
-    """Return the search space that the teacher gives, but with the choices in ``config.space``."""
+    """Return the teacher's default search space, with the choices of ``config.space``."""
     return SearchSpace.from_teacher(teacher.config).replaced(vars(config.space), teacher.config)
 
 
 def load_inputs(config: SearchConfig, console: Console) -> Inputs:
-    """Load and check everything that the user gave, before anything is trained.
+    """Load and check the teacher, the text, the task and all options, before any training.
 
-    Only the text's tokens are written and, if it is asked for, the quickstart's text.
+    Only the tokenised text and, if asked for, the quickstart's files are written.
 
     Raises:
         UserError: something that the user gave cannot be used.
@@ -360,7 +362,7 @@ def _key(config: SearchConfig) -> str:
 
 
 def inputs_of(config: SearchConfig) -> Inputs:
-    """Return the inputs of a config for a job; a process loads them once for all its jobs."""
+    """Load the inputs of a config; a process loads them once for all its jobs."""
     if not (_LOADED and _LOADED[0][0] == _key(config)):
         run, teacher = Run(config.root, config.name), find_teacher(config.teacher)
         meter = LatencyMeter(teacher.config, config.latency)
@@ -369,7 +371,7 @@ def inputs_of(config: SearchConfig) -> Inputs:
 
 
 def forget_inputs() -> None:
-    """Release the inputs that this process has loaded."""
+    """Release the inputs that ``inputs_of`` has cached in this process."""
     _LOADED.clear()
 
 
@@ -382,8 +384,8 @@ def open_run(inputs: Inputs, engine: Engine, console: Console) -> RunContext:
         console: where to print.
 
     Raises:
-        UserError: the run was started with other settings; or ``inputs`` asks to go on with a
-            search after which full KD has begun.
+        UserError: the run was started with other settings; or its search was to be continued, but
+            full KD has already begun.
     """
     config, run = inputs.config, inputs.run
     run.folder.mkdir(parents=True, exist_ok=True)
@@ -397,7 +399,8 @@ def open_run(inputs: Inputs, engine: Engine, console: Console) -> RunContext:
     is_done = is_complete(study, inputs.space, config.search.n_trials)
     if not isinstance(config, RunConfig) and run.full_kd.exists() and not is_done:
         raise UserError(
-            f"The run {run.name!r} has begun full KD, so its search is over: give another --name."
+            f"The run {run.name!r} has already begun full KD, so its search cannot be continued: "
+            "give another --name."
         )
     if is_done and run.best_student.exists() and not run.full_kd.exists():
         best = best_of(study, inputs.space).user_attrs["arch"]
@@ -440,7 +443,7 @@ def _content(inputs: Inputs) -> dict[str, Any]:
 
 
 def _keep_matmuls(run: Run) -> None:
-    """Use the precision of CPU matmuls with which the run began, even if it is slower here."""
+    """Use the CPU matrix precision with which the run began, even if it is slower here."""
     path = run.folder / "cpu_matmuls.json"
     known = read_json(path) if path.exists() else None
     computed_in = keep(known)
@@ -449,17 +452,17 @@ def _keep_matmuls(run: Run) -> None:
 
 
 def _refuse_hidden_device(config: SearchConfig) -> None:
-    """Refuse ``cuda:1`` and the like for workers: a worker sees its own GPU alone, as number 0."""
+    """Raise an error for ``cuda:1`` and higher with workers: each sees only its own GPU, 0."""
     kind, _, number = config.latency.device.partition(":")
     if config.workers != 0 and number not in ("", "0"):
         raise UserError(
-            f"latency.device is {config.latency.device!r}, but each worker sees one GPU only: "
-            f"give {kind!r}, which is its own, or --workers 0."
+            f"latency.device is {config.latency.device!r}, but each worker sees only one GPU: give "
+            f"{kind!r}, which means the worker's own GPU, or --workers 0."
         )
 
 
 def _refuse_impossible_budget(config: SearchConfig, teacher: Teacher, space: SearchSpace) -> None:
-    """Refuse a budget that even the smallest student, which is the fastest, does not meet."""
+    """Raise an error for a budget that even the smallest (fastest) student exceeds."""
     fastest = space.smallest()
     found = LatencyMeter(teacher.config, config.latency).glance(fastest)
     violation, reason = config.search.budget.violation(found)
@@ -471,7 +474,10 @@ def _refuse_impossible_budget(config: SearchConfig, teacher: Teacher, space: Sea
 
 
 def _check_objective(objective: Objective, teacher: Teacher, space: SearchSpace) -> None:
-    """Refuse an objective that does not work for each student of the space; allocate no weights."""
+    """Raise an error if the loss does not work for some student of the search space.
+
+    No weights are allocated.
+    """
     depths = space.choices["num_hidden_layers"]
     needed_layers(objective, depths, teacher.config.num_hidden_layers)
     sizes = itertools.product(space.choices["hidden_size"], space.choices["num_attention_heads"])
@@ -486,7 +492,7 @@ def _check_objective(objective: Objective, teacher: Teacher, space: SearchSpace)
                 raise
             except Exception as error:  # the user's own class may raise anything
                 raise UserError(
-                    f"recipe.objective, {type(objective).__name__}, does not work for {arch}: "
-                    f"{type(error).__name__}: {first_line(error)}; correct it, or leave such "
-                    "students out of the space."
+                    f"The loss in recipe.objective, {type(objective).__name__}, does not work for "
+                    f"the student {arch}: {type(error).__name__}: {first_line(error)}. Correct it, "
+                    "or exclude such students by --space options."
                 ) from error

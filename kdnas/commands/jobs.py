@@ -23,7 +23,7 @@ from kdnas.system.pool import share_devices
 
 
 def candidate_job(config: SearchConfig, number: int, arch: StudentArch) -> Job:
-    """Return the job that trains one student by mini-KD (a short distillation), for a trial."""
+    """Return the job that trains a candidate of the search, by a short distillation (mini-KD)."""
     minutes = config.candidate_timeout
     return Job(
         folder=Run(config.root, config.name).trial(number),
@@ -35,13 +35,13 @@ def candidate_job(config: SearchConfig, number: int, arch: StudentArch) -> Job:
 
 
 def train_candidate(config: SearchConfig, number: int, arch: StudentArch) -> dict[str, Any]:
-    """Train and measure one candidate; return an ``Outcome`` as a dict."""
+    """Train and measure one candidate of the search; return its ``Outcome`` as a dict."""
     inputs = inputs_of(config)
     return evaluate(inputs.bench, arch, inputs.run.trial(number)).to_dict()
 
 
 def states_job(config: SearchConfig, split: Split, share: int, num_shares: int) -> Job:
-    """Return the job that computes one of ``num_shares`` parts of the teacher's states."""
+    """Return the job that computes one of ``num_shares`` shares of the teacher's hidden states."""
     folder = Run(config.root, config.name).folder / f"states_{share}"
     return Job(folder, "teacher states", compute_states, (config, split, share, num_shares))
 
@@ -49,7 +49,7 @@ def states_job(config: SearchConfig, split: Split, share: int, num_shares: int) 
 def compute_states(
     config: SearchConfig, split: Split, share: int, num_shares: int
 ) -> dict[str, Any]:
-    """Compute one part of the teacher's states into their cache; return an empty dict."""
+    """Compute one share of the teacher's hidden states into their cache; return an empty dict."""
     inputs = inputs_of(config)
     data, precision = inputs.data.select(split), config.trainer.precision
     build_share(inputs.cache, inputs.teacher, data, inputs.device, precision, share, num_shares)
@@ -62,8 +62,7 @@ def full_kd_job(config: RunConfig, arch: StudentArch, kept: Mapping[str, Path]) 
     Args:
         config: options of the run.
         arch: the best student's shape.
-        kept: files of the weights and the optimizer state that the search kept of this student, by
-            name.
+        kept: name -> file: this student's weights and optimizer state from the search.
     """
     folder = Run(config.root, config.name).full_kd
     args, num_ranks = (config, arch, dict(kept)), config.num_devices
@@ -73,21 +72,22 @@ def full_kd_job(config: RunConfig, arch: StudentArch, kept: Mapping[str, Path]) 
 
 
 def distill_best(config: RunConfig, arch: StudentArch, kept: Mapping[str, Path]) -> dict[str, Any]:
-    """Distil the best student on all rows; without full KD, save its weights from the search.
+    """Distil the best student on all rows or, without full KD, save its weights from the search.
 
     Returns:
-        What ``distill_student`` returns; without full KD, with loss and history from the search.
+        The result dictionary of ``distill_student``; without full KD, loss and history are the
+        search's.
 
     Raises:
-        UserError: there is to be no full KD, and the candidate's weights do not exist.
+        UserError: full KD is switched off, and the student's weights from the search do not exist.
     """
     inputs, num_epochs = inputs_of(config), config.full_kd.num_epochs
     split: Split = "full" if num_epochs else "mini"
     tensors = {name: load_file(path) for name, path in kept.items()}
     if not num_epochs and WEIGHTS not in tensors:
         raise UserError(
-            "full_kd is null, but the candidate's weights do not exist: give --full_kd.num_epochs 1 "
-            "or more."
+            "full_kd is null, but the student's weights from the search do not exist: give "
+            "--full_kd.num_epochs 1 or more."
         )
     found = distill_student(
         inputs.teacher,

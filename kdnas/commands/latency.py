@@ -86,12 +86,12 @@ def latency_table(config: LatencyConfig, console: Console | None = None) -> list
 
 
 def _picture(json: str) -> Path:
-    """Return the path of the picture, beside the JSON file, if both can be written."""
+    """Return the path of the picture beside a JSON file; check that both can be written."""
     path = Path(json)
     picture = path.with_suffix(".png") if path.name else path
     if path == picture or path.is_dir() or picture.is_dir():
         raise UserError(
-            f"json is {json!r}, the picture's name or a folder's: give a file that ends with .json."
+            f"json is {json!r}, which is a folder or a .png file: give a file that ends with .json."
         )
     check_writable(path.parent, "--json")
     return picture
@@ -129,10 +129,10 @@ def _measured(
 
 
 def _deploy(model: Teacher, folder: Path, backend: str) -> nn.Module | Path:
-    """Return what a backend runs: an ONNX file, or a torch model.
+    """Return what a backend measures for a model: a torch model or an ONNX file.
 
-    If ``model`` is from an exported folder, an ONNX backend runs the folder's ONNX file. What runs
-    in all other cases has the model's shape, but random weights.
+    If ``model`` is an exported folder, an ONNX backend measures the folder's ONNX file. Otherwise,
+    a model of the same shape with random weights is built.
     """
     int8 = backend == "onnxruntime-int8"
     exported = Path(model.source) / (INT8 if int8 else ONNX)
@@ -167,7 +167,7 @@ def _shape(row: dict[str, Any]) -> str:
 
 
 def _backend(row: dict[str, Any]) -> str:
-    """Return the backend's name, with the device unless the backend implies it."""
+    """Return a backend's name, followed by the device unless the backend implies it."""
     backend, device = row["backend"], row["device"]
     return backend if device in ("cpu", backend) else f"{backend}, {device}"
 

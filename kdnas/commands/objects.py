@@ -15,7 +15,7 @@ from kdnas.system.files import INPUTS, check_writable, file_sha256, new_folder, 
 
 
 def as_paths(**asked: Any) -> dict[str, Any]:
-    """Write models, texts and tasks that are given as objects to folders below ``root``.
+    """Write models, texts and tasks that are Python objects to folders below ``root``.
 
     Each object among the settings is replaced by the path of its folder. Models, texts and tasks
     that are given as paths or names stay as they are, and so do all other settings.
@@ -24,7 +24,7 @@ def as_paths(**asked: Any) -> dict[str, Any]:
         asked: settings of the command.
 
     Returns:
-        The settings, with text in place of objects and paths.
+        The settings, with paths as text in place of the objects.
 
     Raises:
         UserError: a model has no tokenizer, a task lacks a split, or ``root`` cannot be written.
@@ -68,7 +68,10 @@ def _write_model(model: Any, folder: Path) -> str:
     if hasattr(model, "tokenizer"):  # a Student
         model = (model.model, model.tokenizer)
     if not isinstance(model, tuple):
-        raise UserError(f"A {type(model).__name__} has no tokenizer: give (model, tokenizer).")
+        raise UserError(
+            f"A {type(model).__name__} without a tokenizer cannot be used: give the pair (model, "
+            "tokenizer)."
+        )
     encoder, tokenizer = model[0], copy.deepcopy(model[1])
     arch = arch_of(encoder.config)
     if tokenizer.is_fast:  # its last call's padding and truncation are still set

@@ -60,7 +60,7 @@ EXPORT_SECONDS = 30.0
 
 @dataclass(frozen=True)
 class Stage:
-    """What one stage is expected to need at most: seconds, bytes on disk, bytes of memory."""
+    """Expected upper bounds for one stage of a run: seconds, bytes on disk, bytes of memory."""
 
     name: str
     seconds: float
@@ -70,7 +70,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a search or a run is expected to need in all, and the free disk space."""
+    """Expected seconds, disk and memory of a search or a run, and the free disk space."""
 
     stages: list[Stage]
     free_bytes: int  # on the disk that the search or run writes to
@@ -84,7 +84,7 @@ class Plan:
 
     @property
     def minutes_after_search(self) -> float:
-        """Minutes after the first three stages, which are reading, teacher and candidates."""
+        """Minutes of the stages after the search, from full KD on."""
         return sum(stage.seconds for stage in self.stages[3:]) / 60
 
     def table(self) -> Table:
@@ -110,7 +110,7 @@ class Plan:
 
 
 class Rates(NamedTuple):
-    """Seconds before a fit's first step, and seconds per token (to distil) or per row (to fine-tune)."""
+    """Seconds before a fit's first step, and per token (distillation) or row (fine-tuning)."""
 
     start: float  # before the first step
     train: float  # per token or row that is trained on
@@ -123,13 +123,13 @@ class Rates(NamedTuple):
 
 @dataclass(frozen=True)
 class Sample:
-    """A few rows of the text and task of a search or a run.
+    """A few rows of a search's or a run's text and task, on which its speed is measured.
 
     Args:
         config: config of the whole search or run, without the user's logger and callbacks.
         sizes: numbers of rows of the whole text and task.
-        found: the few rows, loaded, with the teacher, the search space and the meter of latency.
-        folder: temporary folder of everything that is written.
+        found: the loaded inputs: the few rows, teacher, search space and meter of latency.
+        folder: temporary folder for all output.
     """
 
     config: SearchConfig
@@ -139,7 +139,7 @@ class Sample:
 
     @classmethod
     def take(cls, config: SearchConfig, folder: Path) -> "Sample":
-        """Write a few rows into a folder and load them."""
+        """Write a few rows of the text and the task into a folder, and load them."""
         config = replace(config, trainer=replace(config.trainer, logger=None, callbacks=[]))
         num_bytes = 4 * min(MOST_TOKENS, MOST_STEPS * config.data.batch_tokens)
         small, sizes = with_few_rows(config, folder, MOST_ROWS, num_bytes, NUM_TASK_ROWS)
@@ -152,24 +152,24 @@ class Sample:
 
     @property
     def rows(self) -> TokenRows:
-        """The few rows, tokenised."""
+        """The sample's rows, tokenised."""
         return self.found.data.rows
 
     @property
     def scale(self) -> float:
-        """Number of usable rows in the whole text, divided by the number of the few rows."""
+        """Number of usable rows in the whole text, divided by the number of rows in the sample."""
         return self.sizes.num_rows / len(self.rows)
 
     @property
     def few_tokens(self) -> tuple[int, int]:
-        """Numbers of tokens in the few training rows and in the few held-out rows."""
+        """Numbers of tokens in the sample's training rows and in its held-out rows."""
         data, lengths = self.found.data, self.rows.lengths
         return int(lengths[data.train_ids()].sum()), int(lengths[data.held_out_ids()].sum())
 
     def cost(self, seconds: float, num_bytes: float = 0) -> "Cost":
-        """Return the cost of the whole text from the seconds and bytes that the few rows took.
+        """Extrapolate from the seconds and bytes for the few rows to the cost for the whole text.
 
-        Memory is this process's peak so far, and what the other rows add.
+        The memory is this process's peak so far, plus that of the other rows.
         """
         num_kept = self.config.data.fraction * self.sizes.num_rows
         others = ROW_BYTES * max(0.0, num_kept - len(self.rows))
@@ -177,7 +177,7 @@ class Sample:
 
 
 class Cost(NamedTuple):
-    """What one step of the work takes."""
+    """Seconds, bytes on disk and bytes of memory that a step takes for the whole text."""
 
     seconds: float
     num_bytes: float  # on disk
@@ -185,20 +185,20 @@ class Cost(NamedTuple):
 
 
 class Looks(NamedTuple):
-    """Latencies of some students, drawn at random from the search space."""
+    """Measured latencies of random students of the search space."""
 
     within: dict[StudentArch, ArchLatency]  # those within the budget, fastest first; at least one
     share: float  # of measured students that are within the budget
     seconds: float  # for one measurement
 
     def ends(self) -> list[StudentArch]:
-        """Return the fastest and the slowest student within the budget; only one if it is both."""
+        """Return the fastest and the slowest student within the budget; if equal, only one."""
         archs = list(self.within)
         return list(dict.fromkeys([archs[0], archs[-1]]))
 
 
 class Finetuning(NamedTuple):
-    """Seconds per row of fine-tuning the teacher and a student, and what fine-tuning takes."""
+    """Measured speed of fine-tuning: seconds per row for teacher and student, and other costs."""
 
     teacher: Rates
     student: Rates
@@ -212,7 +212,7 @@ class Measured:
 
     Args:
         sizes: numbers of rows of the whole text and task.
-        about: what was measured, in words.
+        about: description of what was measured.
         tokens: numbers of training tokens and of held-out tokens in the whole text.
         reading: seconds to read the whole text, whatever share of it is used.
         tokenising: cost of tokenising the whole text.
@@ -267,7 +267,7 @@ class Measured:
 def plan(config: SearchConfig) -> Plan:
     """Measure two students on a few rows, and estimate what the search or run will need.
 
-    Nothing is kept on disk.
+    No file is kept.
 
     Raises:
         UserError: something that the user gave cannot be used.
@@ -276,7 +276,7 @@ def plan(config: SearchConfig) -> Plan:
 
 
 def measure(config: SearchConfig) -> Measured:
-    """Run the stages on a few rows and measure them; nothing is kept on disk.
+    """Run the stages on a few rows and return the measured speeds; no file is kept.
 
     Raises:
         UserError: something that the user gave cannot be used.
@@ -329,12 +329,12 @@ def measure(config: SearchConfig) -> Measured:
 
 
 def _reading(sample: Sample) -> tuple[float, Cost]:
-    """Measure how the text is read and tokenised.
+    """Measure how long reading and tokenising the text take.
 
     Returns:
         The seconds to read the whole text, and the cost of making its tokens and masks. If there
-        are many rows, the cores divide this work, which the cost takes into account. The time to
-        find the teacher does not grow with the rows, and is left out.
+        are many rows, the cores share the tokenising, which the cost takes into account. The time
+        to find the teacher is left out, because it does not grow with the rows.
     """
     data, folder = sample.found.data, str(sample.folder / "tokens")
     times = [time.perf_counter()]
@@ -354,11 +354,11 @@ def _reading(sample: Sample) -> tuple[float, Cost]:
 
 
 def _teacher(sample: Sample) -> tuple[TeacherStates, Cost, float]:
-    """Measure the teacher's pass over the few rows.
+    """Measure the teacher's forward pass over the few rows.
 
     Returns:
-        The teacher's states of the few rows, the cost of a pass over the whole text, and the share
-        of states that is not in the cache yet.
+        The teacher's hidden states of the few rows, the cost of a pass over the whole text, and the
+        share of the hidden states that is not stored yet.
     """
     config, found = sample.config, sample.found
     # The real cache: if the few rows are the whole text, it may hold some of their states.
@@ -451,7 +451,7 @@ def _distillation(
 
 
 def _rates(one_epoch: Callable[[Timer], object], num_train: int, num_scored: int) -> Rates:
-    """Time a fit of one epoch on ``num_train`` tokens or rows, which scores ``num_scored``."""
+    """Time one epoch of a fit: it trains on ``num_train`` tokens or rows, scores ``num_scored``."""
     timer = Timer()
     begin = time.perf_counter()
     one_epoch(timer)
@@ -467,9 +467,10 @@ def _reading_stage(measured: Measured, config: SearchConfig) -> Stage:
 
 
 def _teacher_stages(measured: Measured, config: SearchConfig) -> tuple[Stage, list[Stage]]:
-    """Return the stage of the teacher's passes for the search, and further such stages for full KD.
+    """Return the stages of the teacher's forward passes: for the search, and for full KD.
 
-    If its states would take more than ``max_gb``, the teacher runs live: again in each epoch.
+    If its hidden states would exceed ``max_gb``, they are not stored, and the teacher runs in each
+    epoch.
     """
     cost, (train, held_out) = measured.teacher, measured.tokens_of(config)
     of_search, of_full = config.data.mini_fraction * train + held_out, train + held_out
@@ -501,7 +502,7 @@ def _teacher_stages(measured: Measured, config: SearchConfig) -> tuple[Stage, li
 
 
 def _num_trials(measured: Measured, config: SearchConfig) -> int:
-    """Return the number of candidates: ``n_trials``, or fewer if the budget leaves fewer."""
+    """Return the number of candidates to train: ``n_trials``, or all within the budget if fewer."""
     most = max(1, round(measured.looks.share * measured.num_archs))
     return min(config.search.n_trials, most)
 
@@ -531,7 +532,7 @@ def _search(measured: Measured, config: SearchConfig) -> Stage:
 
 
 def _later(measured: Measured, config: RunConfig) -> list[Stage]:
-    """Return the stages after the search, for a student nearly as slow as the budget allows."""
+    """Return the stages after the search, for a student near the budget's latency limit."""
     looks, fitting = measured.looks, measured.finetuning
     student_bytes = 4 * looks.within[looks.ends()[-1]].num_parameters
     stages = []

@@ -123,10 +123,10 @@ def compare(runs: list[Run], studies: list[Study], output: Path, console: Consol
 
 
 def _notes(unlike: list[dict[str, str]]) -> list[str]:
-    """Return why losses or rewards of the runs cannot be compared; nothing if they can.
+    """Return sentences on why losses or rewards of the runs cannot be compared; [] if they can.
 
     Args:
-        unlike: what ``_differing`` returned for the settings that rewards depend on.
+        unlike: rows from ``_differing``, for the settings that change rewards.
     """
     keys = [row["setting"] for row in unlike]
     notes = ["The runs have different teachers."] if "teacher" in keys else []
@@ -143,7 +143,7 @@ def _differing(
     settings: Sequence[Mapping[str, Any]],
     is_meant: Callable[[str], bool],
 ) -> list[dict[str, str]]:
-    """Return the settings that differ between runs, a row for each.
+    """Return a row for each setting that differs between runs, with its value in each run.
 
     Args:
         names: names of the runs.
@@ -159,7 +159,7 @@ def _differing(
 
 
 def _row(run: Run, study: Study) -> dict[str, str]:
-    """Return a run's row: its best candidate, and the figures of the later stages that it has."""
+    """Return a run's row of the table: best candidate and results of finished later stages."""
     full_kd, results, exported = stage_results(run)
     best = best_trial(study)
     attrs = best.user_attrs if best else {}

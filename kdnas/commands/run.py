@@ -1,7 +1,7 @@
 """The whole job: search -> full KD -> fine-tuning -> export -> report.
 
-A stage that is finished is not done again when a run resumes. Full KD is the distillation of the
-search's best student on all training rows.
+When a run resumes, finished stages are not repeated. Full KD is the distillation of the search's
+best student on all training rows.
 """
 
 import logging
@@ -97,7 +97,7 @@ def search(config: SearchConfig, console: Console | None = None) -> Run:
         console: where to print; None: the terminal.
 
     Returns:
-        The run; ``best_student`` is the path of the YAML file with the best student's shape.
+        The paths of the run; ``best_student`` is the YAML file with the best student's shape.
 
     Raises:
         UserError: something that the user gave cannot be used, or no candidate meets the budget.
@@ -124,7 +124,7 @@ def search(config: SearchConfig, console: Console | None = None) -> Run:
 
 
 def run(config: RunConfig, console: Console | None = None) -> Run:
-    """Do the whole job, in ``<root>/<name>/``: search, full KD, fine-tuning, export, report.
+    """Run all stages in ``<root>/<name>/``: search, full KD, fine-tuning, export, report.
 
     If stopped, the same call resumes. For a finished run it shows the results and changes nothing.
 
@@ -133,7 +133,7 @@ def run(config: RunConfig, console: Console | None = None) -> Run:
         console: where to print; None: the terminal.
 
     Returns:
-        The run, with the paths of its files.
+        The paths of the run.
 
     Raises:
         UserError: something that the user gave cannot be used, or no candidate meets the budget.
@@ -170,8 +170,8 @@ def run(config: RunConfig, console: Console | None = None) -> Run:
 def of_trial(config: RunConfig, number: int) -> RunConfig:
     """Make the run ``<name>-trial-<number>`` from one candidate of the search of ``config``.
 
-    The candidate's result and weights are copied. So the new run counts as searched, with this
-    candidate as the only one.
+    The candidate's result and weights are copied, so the new run has a finished search with this
+    candidate alone.
 
     Args:
         config: options of the run that has trained the candidate.
@@ -181,7 +181,7 @@ def of_trial(config: RunConfig, number: int) -> RunConfig:
         The config of the new run.
 
     Raises:
-        UserError: no candidate of this number was trained to its end, or the search was made with
+        UserError: no candidate with this number was fully trained, or the search was made with
             other settings.
     """
     if chosen := Choice.kept(config):
@@ -193,8 +193,8 @@ def of_trial(config: RunConfig, number: int) -> RunConfig:
     outcome = Outcome.read(file) if file.exists() else None
     if outcome is None or outcome.state != "COMPLETE" or "twin_of" in outcome.attrs:
         raise UserError(
-            f"trial is {number}, but {config.name!r} has no candidate of this number that was "
-            "trained to its end: choose one that is COMPLETE in its trials.csv."
+            f"trial is {number}, but {config.name!r} has no fully trained candidate with this "
+            "number: choose one that is COMPLETE in its trials.csv."
         )
     run = Run(config.root, f"{config.name}-trial-{number}")
     run.refuse_links()
@@ -219,10 +219,9 @@ def of_trial(config: RunConfig, number: int) -> RunConfig:
 def run_stages(
     config: RunConfig, console: Console, choice: Choice | None = None
 ) -> dict[str, float]:
-    """Run the stages that are not finished.
+    """Run the stages of a run that are not finished.
 
-    If the run fits its time budget by ``choice``, the search starts no candidate in the time that
-    the later stages need.
+    The search starts no more candidates when only the time for the later stages is left.
 
     Args:
         config: options of the run.
@@ -231,7 +230,7 @@ def run_stages(
             the search may take any time.
 
     Returns:
-        The seconds that each stage took, by its name.
+        The seconds of each stage, by name.
     """
     seconds: dict[str, float] = {}
     end = math.inf
@@ -263,7 +262,7 @@ def _opened(
     seconds: dict[str, float],
     choice: Choice | None = None,
 ) -> Iterator[RunContext]:
-    """Open a run with its inputs and its engine; no other process may work on it meanwhile."""
+    """Context manager that opens a run with its inputs and engine, and locks it."""
     try:
         with open_engine(config.num_workers, config.executor) as engine:
             with _timed(seconds, "reading"):
@@ -285,14 +284,14 @@ def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
 
 
 def _about(run: Run) -> dict[str, Any]:
-    """Return what the manifest tells about how the run was made."""
+    """Return the manifest's entries on how the run was made."""
     command = [without_password(argument) for argument in sys.argv]
     teacher = read_json(run.made_with)["teacher"]
     return {"name": run.name, "command": command, "gpu": gpu_name(), "teacher_sha256": teacher}
 
 
 def search_stage(context: RunContext, end: float | None = None) -> StudentArch:
-    """Search, unless the search is finished, and write the best student's shape to its file.
+    """Search, unless finished, and write the best student's shape to ``best_student.yaml``.
 
     Args:
         context: the run.
@@ -346,7 +345,7 @@ def search_stage(context: RunContext, end: float | None = None) -> StudentArch:
 
 
 class SearchDisplay:
-    """Shows each trial that ends: on the console, in ``trials.csv`` and in TensorBoard."""
+    """Shows each finished trial of a search: on the console, in ``trials.csv``, in TensorBoard."""
 
     def __init__(self, context: RunContext, board: SearchBoard, progress: Progress) -> None:
         self.context, self.board, self.progress = context, board, progress
@@ -356,7 +355,7 @@ class SearchDisplay:
         self._num_trained: int | None = None  # as the best ones were last shown
 
     def show(self, trial: FrozenTrial) -> None:
-        """Show a trial that has ended."""
+        """Show a finished trial: on the console, in ``trials.csv`` and in TensorBoard."""
         console = self.context.console
         if "failed" in trial.user_attrs and console.quiet:
             log.warning(line(trial))
@@ -374,7 +373,7 @@ class SearchDisplay:
         self.write_down()
 
     def _show_leaders(self) -> None:
-        """Show the best candidates each time that a further ``num_candidates`` were trained."""
+        """Show the best candidates at the end of each episode of ``num_candidates`` candidates."""
         size = self.study.user_attrs["num_candidates"]
         ended = sorted(trained(self.study), key=lambda one: (one.datetime_complete, one.number))
         rewards = [(arch_of(trial), trial.value or 0.0) for trial in ended]
@@ -384,7 +383,7 @@ class SearchDisplay:
             self.context.console.print(str(ranking), highlight=False, soft_wrap=True)
 
     def write_down(self) -> None:
-        """Update the bar, ``trials.csv`` and TensorBoard; keep the best trials' weights only."""
+        """Update bar, ``trials.csv`` and TensorBoard; delete weights of all but the best trials."""
         run = self.context.run
         self.progress.update(self._bar, completed=len(tried(self.study)))
         write_text(run.trials_csv, trials_frame(self.study).to_csv(index=False))
@@ -393,7 +392,7 @@ class SearchDisplay:
 
 
 def open_states(context: RunContext, split: Split) -> None:
-    """Compute those teacher states of a split that are not stored yet, on all GPUs here."""
+    """Compute the teacher's hidden states of a split that are not stored yet, on all GPUs here."""
     inputs, config = context.inputs, context.config
     num_shares = min(context.engine.num_slots, num_gpus(config.trainer.accelerator))
     cache, data = inputs.cache, inputs.data.select(split)
@@ -409,7 +408,7 @@ def open_states(context: RunContext, split: Split) -> None:
 
 
 def full_kd_stage(context: RunContext, config: RunConfig, arch: StudentArch) -> None:
-    """Distil the best student on all rows, unless this distillation is finished."""
+    """Distil the best student on all rows (full KD), unless this is finished."""
     run, console = context.run, context.console
     last = run.full_kd / "last.ckpt"
     if (run.full_kd / "result.json").exists():
@@ -432,7 +431,7 @@ def full_kd_stage(context: RunContext, config: RunConfig, arch: StudentArch) -> 
 
 
 def _kept_files(context: RunContext, arch: StudentArch) -> dict[str, Path]:
-    """Return the existing files of weights and optimizer state of the candidate ``arch``, by name.
+    """Return name -> file: a candidate's weights and optimizer state, as far as they exist.
 
     Raises:
         UserError: a file is damaged.
@@ -450,13 +449,14 @@ def _kept_files(context: RunContext, arch: StudentArch) -> dict[str, Path]:
             kept[name] = path
         else:
             raise UserError(
-                f"{str(path)!r} is damaged (its sha256 was {known}): delete it to start without it."
+                f"{str(path)!r} is damaged (its sha256 is no longer {known}): delete the file to "
+                "continue without it."
             )
     return kept
 
 
 def finetune_stage(context: RunContext, config: RunConfig, arch: StudentArch) -> None:
-    """Fine-tune teacher, student and baselines, all in the same way, unless all are fine-tuned."""
+    """Fine-tune teacher, student and baselines with the same settings, unless all are finished."""
     folder, task = context.run.glue, context.inputs.task
     source = task_path(context.run, config.task)
     assert task is not None and source is not None
@@ -484,14 +484,14 @@ def finetune_stage(context: RunContext, config: RunConfig, arch: StudentArch) ->
 
 
 class Role(Contender):
-    """A model in a run's table, such as ``student``; its folder has this name alone."""
+    """A model in a run's final table, such as ``student``, which is also the name of its folder."""
 
     def folder(self, task: LoadedTask) -> str:
         return self.key
 
 
 def _roles(context: RunContext, config: RunConfig, arch: StudentArch, task: str) -> list[Role]:
-    """Return the models of the final table, the teacher first."""
+    """Return the models of the final table: the teacher, then the student and the baselines."""
     folder, teacher = context.run.glue, context.inputs.teacher
     kept = folder / "layer_cut" / "shape.yaml"
     if not kept.exists():
@@ -521,9 +521,10 @@ def _roles(context: RunContext, config: RunConfig, arch: StudentArch, task: str)
 
 
 def _layer_cut(context: RunContext, arch: StudentArch) -> StudentArch:
-    """Return the teacher's shape with as many layers as the budget allows, but at least one.
+    """Return the shape of the layer-cut baseline: the teacher with fewer layers, within the budget.
 
-    Without a budget, it has the most layers with which it is no slower than the student ``arch``.
+    Without a budget, it has the most layers with which it is no slower than the student ``arch``,
+    but at least one.
     """
     whole, meter = arch_of_config(context.inputs.teacher.config), context.inputs.meter
     budget = context.config.search.budget
@@ -540,7 +541,7 @@ def _layer_cut(context: RunContext, arch: StudentArch) -> StudentArch:
 
 
 def export_stage(context: RunContext, config: RunConfig) -> None:
-    """Export the student, unless its latest model is exported already."""
+    """Export the student, unless its latest weights are already exported."""
     run, console = context.run, context.console
     if is_exported(run):
         console.print("Export: done.")

@@ -21,8 +21,8 @@ NUM_CANDIDATES = 2
 def smoke(config: RunConfig, console: Console) -> None:
     """Run every stage on a few rows, in a temporary folder, and show the seconds of each.
 
-    If a stage fails, the folder is kept. The run's budget is checked as usual, but the candidates
-    need not meet it: they are the first that the sampler proposes.
+    If a stage fails, the folder is kept. The candidates are the first that the sampler proposes,
+    and may exceed the budget.
 
     Args:
         config: options of the run.
@@ -30,7 +30,7 @@ def smoke(config: RunConfig, console: Console) -> None:
 
     Raises:
         UserError: something that the user gave cannot be used.
-        Exception: whatever else a stage raises.
+        Exception: any other error of a stage.
     """
     validate(config)
     place, name = nearest_folder(Path(config.root)), f"{config.name}-smoke"

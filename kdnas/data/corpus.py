@@ -62,7 +62,7 @@ class Texts(Sequence[str]):
         return self._file.piece(int(self._starts[place]), int(self._sizes[place])).decode()
 
     def take(self, places: IntArray) -> "Texts":
-        """Return the rows with the numbers ``places``, in that order."""
+        """Return the texts of the rows with these numbers, in the given order."""
         return Texts(self._file, self._starts[places], self._sizes[places])
 
 
@@ -107,9 +107,9 @@ def load_corpus(
 ) -> Corpus:
     """Read rows of text and split them into training and held-out rows.
 
-    Where the source has a column ``split`` that says ``train`` or ``held_out`` of a row, the column
-    decides. For any other row, a hash of its text and the seed decide, so that neither the order of
-    rows nor other rows matter. There is at least one training row and one held-out row.
+    If a row's column ``split`` is ``train`` or ``held_out``, this decides. Otherwise a hash of the
+    row's text and the seed decide, whatever the other rows are. There is at least one training row
+    and one held-out row.
 
     Args:
         text: a ``.parquet``, ``.jsonl``, ``.json`` (one object a line), ``.csv``, ``.tsv`` or
@@ -117,8 +117,8 @@ def load_corpus(
             ``owner/name:config`` of a data set on the Hugging Face hub (its train split).
         column: the column that holds the text; a ``.txt`` file has only one.
         held_out_fraction: share of the rows to hold out, between 0 and 1.
-        fraction: share of the rows to keep, above 0, drawn by the hash of their text. Always kept
-            are the first two rows of ``train``, of ``held_out`` and of rows without a split.
+        fraction: share of the rows to keep, above 0, drawn by the hash of their text. The first two
+            rows of each kind (``train``, ``held_out``, no split) are always kept.
         seed: seed of the draw of held-out rows.
         folder: folder of the unnamed temporary file that holds the rows until the corpus is
             deleted; by default the system's temporary folder.
@@ -172,8 +172,8 @@ def _check_usable(
     num_rows = num_usable + sum(dropped.values())
     if num_usable < LEAST_USABLE * num_rows:
         raise UserError(
-            f"{text!r} has {num_rows:,} rows, and only {num_usable:,} of them are usable "
-            f"({dropped}): is {column!r} the right column? Remove the others if it is."
+            f"Only {num_usable:,} of the {num_rows:,} rows of {text!r} are usable ({dropped}): "
+            f"check that {column!r} is the right column, or remove the other rows."
         )
     if any(dropped.values()):
         counts = " and ".join(f"{count:,} {why}" for why, count in dropped.items() if count)
@@ -190,9 +190,9 @@ def _check_splits(text: str, splits: SplitArray) -> None:
 
 
 def shares(hashes: HashArray, seed: int) -> npt.NDArray[np.float64]:
-    """Return each row's position, in [0, 1), on the circle of hashes, rotated by the seed.
+    """Return a number in [0, 1) per row, from its hash and the seed; the lowest are held out.
 
-    The module's docstring explains the circle.
+    All hashes form a circle, which the seed rotates; the number is the row's position on it.
     """
     turned = hashes - np.random.default_rng(seed).integers(2**64, dtype=np.uint64)  # modulo 2**64
     return (turned >> np.uint64(11)) / 2**53
@@ -207,8 +207,8 @@ def draw_held_out(
         splits: the value of the source's column ``split`` for each row, as an index into
             ``SPLITS``.
         shares: the result of the function ``shares``: a number in [0, 1) for each row.
-        fraction: a row for which the source has no split is held out if its number in ``shares`` is
-            below this.
+        fraction: a row without a split in the source is held out if its number in ``shares`` is
+            below ``fraction``.
     """
     undecided = np.flatnonzero(splits == SPLITS.index(None))
     fewest = int(not (splits == SPLITS.index("held_out")).any())
@@ -222,9 +222,9 @@ def draw_held_out(
 
 
 def next_on_circle(splits: SplitArray, hashes: HashArray) -> IntArray:
-    """Return for each row the number of the row with the next higher hash and the same split.
+    """Return for each row the row of the same split with the next higher hash, to make pairs.
 
-    After the row with the highest hash of a split comes the row with its lowest.
+    The row with the highest hash of a split is followed by the one with the lowest.
 
     Args:
         splits: the value of the source's column ``split`` for each row, as an index into

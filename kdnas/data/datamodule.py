@@ -78,20 +78,18 @@ class DataSettings:
 
     Args:
         column: name of the text column (parquet, jsonl, csv, hub).
-        fraction: share of the text's rows that is used at all, above 0 (1: all); the same rows for
-            every seed.
+        fraction: share of the text's rows to use, above 0 (1: all); the same rows for every seed.
         held_out_fraction: share of the rows that no student ever trains on; candidates are scored
             on them.
-        mini_fraction: share of the training rows that a candidate of the search sees, above 0 and
-            below 1.
+        mini_fraction: share of the training rows for each search candidate, above 0 and below 1.
         max_length: tokens of a row, special tokens included; longer rows are cut.
         batch_tokens: largest number of tokens in a batch, padding included.
-        pad_to_max_length: pad every row to ``max_length``, so that a batch has rows of any length;
-            slower.
+        pad_to_max_length: pad every row to ``max_length``, so that rows of any length share a
+            batch; slower.
         pair_share: share of the rows that become sentence pairs, 0 to 1; rows of fewer than 8 words
             never do. Pairs and masks are the same for every seed.
         mask_probability: share of a masked row's tokens that is masked, 0 to 1.
-        masked_share: share of the rows that is masked at all, 0 to 1; drawn anew for each of a
+        masked_share: share of the rows that have masked tokens, 0 to 1; drawn anew for each of a
             row's masks.
         num_mask_variants: number of different masks of a row; epoch e uses mask
             ``e % num_mask_variants``.
@@ -194,7 +192,7 @@ class KDDataModule(ResumableDataModule):
         if settings.max_length > longest:
             raise UserError(
                 f"max_length is {settings.max_length}: "
-                f"the teacher {self.teacher!r} takes at most {longest} tokens."
+                f"the teacher {self.teacher!r} takes at most {longest} tokens: give at most that."
             )
         tokenizer = teacher.tokenizer
         folder = self._whole_folder(tokenizer)
@@ -216,7 +214,7 @@ class KDDataModule(ResumableDataModule):
         )
 
     def _key(self, tokenizer: PreTrainedTokenizerBase) -> str:
-        """Return the hash of all that the tokenised rows depend on, such as text and tokenizer."""
+        """Return the hash of all that determines the tokenised rows: text, tokenizer, settings."""
         settings = {name: getattr(self.settings, name) for name in OF_ROWS}
         parts = [
             FORMAT,
@@ -230,7 +228,7 @@ class KDDataModule(ResumableDataModule):
         return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
 
     def _whole_folder(self, tokenizer: PreTrainedTokenizerBase) -> Path:
-        """Return the folder of tokenised rows, after making it if it does not exist.
+        """Return the folder of tokenised rows; make it first if it does not exist or is damaged.
 
         If the text cannot be used, the folders that this call created are removed.
         """
@@ -250,7 +248,7 @@ class KDDataModule(ResumableDataModule):
             raise
 
     def _make(self, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Write the tokenised rows into ``folder``, and continue what a killed process has begun.
+        """Write the tokenised rows into ``folder``; work of a killed process is continued.
 
         Other processes that call this wait until the rows are written.
         """
@@ -284,7 +282,7 @@ class KDDataModule(ResumableDataModule):
     def _write_pieces(
         self, folder: Path, corpus: Corpus, tokenizer: PreTrainedTokenizerBase
     ) -> None:
-        """Tokenise and write the pieces that ``folder`` lacks, with one process per core."""
+        """Tokenise the pieces (ranges of rows) that ``folder`` lacks, with one process per core."""
         settings = self.settings
         masker = Masker(
             tokenizer.mask_token_id,
@@ -372,9 +370,9 @@ class KDDataModule(ResumableDataModule):
             yield from (encoded[i] for i in places)
 
     def _pair_maker(self, corpus: Corpus) -> Callable[[int], tuple[str, str] | None]:
-        """Return a function from a row's number to its sentence pair; None: the row stays single.
+        """Return a function from a row's number to its sentence pair; None: no pair for this row.
 
-        A row is paired with the row of the next higher hash (``next_on_circle``).
+        A row is paired with a random other row of its split (``next_on_circle``).
         """
         share, texts = self.settings.pair_share, corpus.texts
         following = next_on_circle(corpus.splits, corpus.hashes)
@@ -396,12 +394,11 @@ class KDDataModule(ResumableDataModule):
 
     @cached_property
     def _parts(self) -> tuple[IntArray, IntArray]:
-        """Numbers of the training rows and of the held-out rows, each by increasing ``shares``.
+        """Return the numbers of the training rows and of the held-out rows, each in a random order.
 
-        Rows whose split the source gives are spread evenly among the other rows, which are drawn.
-        A row is paired with the row of the next higher hash. For the last drawn training row this
-        is a held-out row, and the other way round. So, if there are pairs, the last drawn row of
-        each kind is left out, unless it is the only row of its kind.
+        The order is by ``shares``, a hash in [0, 1). Rows whose split the source gives are spread
+        evenly among the others. If rows are paired, the last row of each kind is left out unless it
+        is the only one, because its partner can be of the other kind.
         """
         rows, settings = self.rows, self.settings
         place = shares(rows.hashes, settings.seed)
@@ -440,7 +437,7 @@ class KDDataModule(ResumableDataModule):
         return np.sort(drawn[: max(1, num_drawn)])
 
     def draw_order(self) -> IntArray:
-        """Return the numbers of all rows: rows to score on, training rows, then unused rows."""
+        """Return all row numbers: rows to score on first, then training rows, then unused rows."""
         train, _ = self._parts
         asked = np.concatenate([self.held_out_ids(), train])
         others = np.ones(len(self.rows), dtype=bool)
@@ -448,7 +445,7 @@ class KDDataModule(ResumableDataModule):
         return np.concatenate([asked, np.flatnonzero(others)])
 
     def loader(self, sample_ids: IntArray, *, shuffle: bool) -> ResumableLoader:
-        """Return a loader of batches of some rows; each rank gets its share of every batch.
+        """Return a DataLoader for these rows; each rank gets its share of every batch.
 
         Args:
             sample_ids: numbers of the rows.
@@ -487,7 +484,7 @@ class KDDataModule(ResumableDataModule):
         return self.val_dataloader()
 
     def predict_dataloader(self) -> DataLoader[str]:
-        """Return a loader of all held-out rows with their texts, neither masked nor paired."""
+        """Return a DataLoader of all held-out rows with their texts, neither masked nor paired."""
         settings = self.settings
         tokenizer = find_teacher(self.teacher).tokenizer
 
@@ -508,7 +505,7 @@ class KDDataModule(ResumableDataModule):
 
 
 class Piece(NamedTuple):
-    """A range of rows that one process tokenises, and the file (``path``) to write them to."""
+    """Rows that one process tokenises (a range of row numbers), and the file to write them to."""
 
     path: Path
     rows: range

@@ -26,10 +26,10 @@ _STOPS = (signal.SIGINT, *TERMINATIONS)
 
 
 class LengthGroupedBatches(DistributedSampler[Any]):
-    """A batch sampler: rows of similar length within a token budget, divided among the ranks.
+    """Batch sampler: rows of similar length up to a number of tokens, divided among the ranks.
 
-    For each batch it yields the number of the mask to use and the numbers of this rank's rows. In a
-    step, all ranks together see the same rows, however many ranks there are. The class is a
+    It yields, for each batch, which mask of the rows to use and the numbers of this rank's rows. In
+    a step, all ranks together use the same rows, whatever the number of ranks. It is a
     DistributedSampler so that Lightning keeps it and sets its epoch.
 
     Args:
@@ -110,10 +110,9 @@ class LengthGroupedBatches(DistributedSampler[Any]):
 
 
 class ResumableLoader(DataLoader[Any]):
-    """A DataLoader that resumes within an epoch; its state is the number of batches yielded.
+    """A DataLoader that can resume within an epoch, after the batches that it has already yielded.
 
-    The order in which its sampler yields rows must depend on the number of the epoch alone, as in
-    ``LengthGroupedBatches``.
+    The sampler's order must depend only on the number of the epoch, as in ``LengthGroupedBatches``.
     """
 
     trainer: pl.Trainer | None = None  # its limit_train_batches may end an epoch early
@@ -140,8 +139,8 @@ class ResumableLoader(DataLoader[Any]):
         num_ranks = getattr(self.sampler, "num_ranks", 1)
         if state["num_given"] and state.get("num_ranks", num_ranks) != num_ranks:
             raise UserError(
-                f"The checkpoint is from the middle of an epoch of {state['num_ranks']} processes, "
-                f"and now there are {num_ranks}: resume with the same number."
+                f"The checkpoint was saved within an epoch by {state['num_ranks']} processes, but "
+                f"now there are {num_ranks}: resume with the same number of processes."
             )
         self._num_to_skip = state["num_given"]
 
@@ -167,7 +166,7 @@ class ResumableLoader(DataLoader[Any]):
 
 
 def one_ahead(batches: Iterator[T], prepare: Callable[[T], T]) -> Iterator[T]:
-    """Yield ``prepare(batch)`` for each batch; a thread makes it while the last one is in use."""
+    """Yield ``prepare(batch)`` for each batch; a thread prepares the next batch meanwhile."""
 
     def fetch() -> list[T]:
         return [prepare(batch) for batch in itertools.islice(batches, 1)]
@@ -182,8 +181,8 @@ def one_ahead(batches: Iterator[T], prepare: Callable[[T], T]) -> Iterator[T]:
 def outlive_signals(index: int) -> None:
     """Make a DataLoader worker ignore termination signals, and end when its main process ends.
 
-    A signal to the process group reaches the worker and the main process. If the worker died first,
-    torch would raise an error in the main process, which then could not write a checkpoint.
+    A signal to the process group reaches workers and main process. If a worker died first, torch
+    would raise an error in the main process before it has written its checkpoint.
     """
     if sys.platform in ("darwin", "win32"):
         return  # these systems do not tell who sent a signal
@@ -218,16 +217,15 @@ def _is_child_of(parent: multiprocessing.process.BaseProcess) -> bool:
 class ResumableDataModule(pl.LightningDataModule):
     """A data module that saves its position within the epoch in checkpoints.
 
-    Lightning saves the states of loaders too. But if a learning-rate schedule asks for the number
-    of steps, Lightning creates the loader before it reads the loader's state, and does not restore
-    that state.
+    Lightning alone would lose the position: if a learning-rate schedule asks for the number of
+    steps, Lightning creates the loader early and does not restore its state.
     """
 
     _train_loader: ResumableLoader | None = None
     _loader_state: dict[str, int] | None = None
 
     def resumable(self, loader: ResumableLoader) -> ResumableLoader:
-        """Return the training loader, set to resume where the checkpoint, if any, was written."""
+        """Return the training loader, set to resume where a loaded checkpoint was written."""
         if self._loader_state is not None:
             loader.load_state_dict(self._loader_state)
             self._loader_state = None
@@ -236,7 +234,7 @@ class ResumableDataModule(pl.LightningDataModule):
         return loader
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state of the training loader."""
+        """Return the state of the training loader, for a checkpoint."""
         if self._train_loader is None:
             return {}
         return {"train_loader": self._train_loader.state_dict()}

@@ -13,7 +13,7 @@ IntArray = npt.NDArray[np.int64]
 
 
 class Draw(IntEnum):
-    """The kinds of random draws for a row; the random numbers of each kind are independent."""
+    """The purposes of a row's random numbers; each purpose has an independent generator."""
 
     MASK = 0
     WHETHER_MASKED = 1
@@ -38,7 +38,7 @@ def row_generator(draw: Draw, seed: int, sample_id: int, variant: int = 0) -> np
 
 
 class Masker:
-    """BERT's masking: of the chosen tokens, 80 % are masked, 10 % become random and 10 % stay.
+    """BERT's masking: of the chosen tokens, 80 % become [MASK], 10 % a random token, 10 % stay.
 
     Args:
         mask_token_id: id of the mask token.
@@ -65,7 +65,7 @@ class Masker:
         self.seed = seed
 
     def __call__(self, input_ids: IntArray, sample_id: int, variant: int = 0) -> IntArray:
-        """Return a masked copy of a row, (length,), determined by the arguments and the seed.
+        """Return a masked copy of a row, (length,); the same arguments and seed give the same copy.
 
         Args:
             input_ids: token ids, (length,).

@@ -39,7 +39,7 @@ _SKIPPED = set(
 
 
 def text_and_task(text: str, task: str | None, folder: Path) -> tuple[str, str | None]:
-    """Return text and task; ``quickstart`` is replaced by the path of files made in ``folder``."""
+    """Return text and task; if one is ``quickstart``, make its files in ``folder`` first."""
     if QUICKSTART not in (text, task):
         return text, task
     path = build_quickstart_text(folder)
@@ -92,14 +92,17 @@ def build_quickstart_text(folder: Path, *, rows_per_package: int = 800) -> Path:
 
 
 def _package_names() -> re.Pattern[str]:
-    """Return a pattern of package names, also within words (NumpyVersion), and of whole aliases."""
+    """Return a regular expression for package names, also inside words such as NumpyVersion.
+
+    Aliases such as np match only as whole words.
+    """
     aliases = sorted((alias for group in PACKAGES.values() for alias in group), key=len)
     names, longest_first = "|".join(PACKAGES), "|".join(reversed(aliases))
     return re.compile(rf"{names}|(?<![a-z])(?:{longest_first})(?![a-z])", re.IGNORECASE)
 
 
 def _share(text: str) -> float:
-    """Return a number in [0, 1) that depends on the text alone."""
+    """Return a number in [0, 1), a hash of the text."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6]) / 2**48
 
 
@@ -132,9 +135,10 @@ def _root(package: str) -> Path:
 def _package_rows(
     package: str, root: Path, num_rows: int, is_new: Callable[[str], bool]
 ) -> list[dict[str, str]]:
-    """Return rows of one package, module by module in a hashed order; the first are held out.
+    """Return at most ``num_rows`` paragraphs of a package's docstrings; the first are held out.
 
-    Only paragraphs for which ``is_new`` returns True become rows.
+    Modules are taken in a fixed random order. Only paragraphs for which ``is_new`` returns True are
+    taken.
     """
     modules = {}
     for path in sorted(root.rglob("*.py")):
@@ -158,7 +162,7 @@ def _package_rows(
 
 
 def _balanced(examples: list[tuple[str, str]]) -> pa.Table:
-    """Return a table of (text, package), with as many of each package as the rarest package has."""
+    """Return a table of (text, package) with equally many rows of each package."""
     from datasets import ClassLabel, Features, Value
 
     labels = sorted(PACKAGES)
@@ -214,7 +218,7 @@ def _docstrings(node: ast.AST) -> Iterator[str]:
 
 
 def _plain(paragraph: str) -> str:
-    """Return a paragraph on one line, without markup, cut to whole sentences (400 characters)."""
+    """Return a paragraph as one line without markup: whole sentences, up to 400 characters."""
     text = " ".join(paragraph.split())
     for pattern, replacement in _INLINE:
         text = pattern.sub(replacement, text)

@@ -38,7 +38,7 @@ PARQUET_BUFFER, PARQUET_ROWS = 1 << 20, 256
 
 
 def all_rows(text: str, column: str) -> Iterator[Row]:
-    """Yield every row of a source, in order: its text, and what its column ``split`` says.
+    """Yield the text of every row of a source, in order, with the value of its column ``split``.
 
     Args:
         text: a file, a folder, or the name of a data set on the Hugging Face hub.
@@ -55,7 +55,7 @@ def all_rows(text: str, column: str) -> Iterator[Row]:
 
 
 def some_rows(text: str, column: str, most: int) -> tuple[list[Row], int]:
-    """Return at most ``most`` random rows, always the same, and the number of a source's rows."""
+    """Return up to ``most`` random rows (the same at each call) and the source's number of rows."""
     generator = random.Random(0)
     kept: list[Row] = []
     number = 0
@@ -69,10 +69,10 @@ def some_rows(text: str, column: str, most: int) -> tuple[list[Row], int]:
 
 
 def text_sha256(text: str, column: str, known: Path) -> str:
-    """Return the hash of a source: of its files' bytes, or of a hub data set's fingerprint.
+    """Return the hash of a text source: of its files' bytes, or of a hub data set's fingerprint.
 
-    The JSON file ``known`` keeps each file's hash, size and time of change. One process hashes a
-    file while others wait. The file is hashed again only if its size or time of change is new.
+    The JSON file ``known`` caches each file's hash with its size and modification time. A file is
+    hashed again only if one of these has changed. One process hashes a file while others wait.
     """
     files = _files(text)
     if files is None:
@@ -84,7 +84,7 @@ def text_sha256(text: str, column: str, known: Path) -> str:
 
 
 def _file_hashes(text: str, files: Sequence[Path], known: Path) -> dict[str, list[Any]]:
-    """Return the stamp (size, time of change) and the hash of each file, by its resolved path."""
+    """Return the stamp (size, modification time) and hash of each file, by its resolved path."""
     with _readable(text):
         stamps = {str(path.resolve()): stamp(path) for path in files}
 
@@ -103,7 +103,7 @@ def _file_hashes(text: str, files: Sequence[Path], known: Path) -> dict[str, lis
 
 @contextmanager
 def _readable(text: str) -> Iterator[None]:
-    """Turn an OSError into a UserError that says the source cannot be read."""
+    """Context manager that turns an OSError into a UserError: ``text`` cannot be read."""
     try:
         yield
     except OSError as error:
@@ -113,7 +113,7 @@ def _readable(text: str) -> Iterator[None]:
 
 
 def _files(text: str) -> list[Path] | None:
-    """Return the files of a source, or None if it is a data set on the hub."""
+    """Return the files of a text source; None: the source is a data set on the hub."""
     kinds = ", ".join(_READERS)
     suffix = Path(text).suffix.lower()
     if os.path.isfile(text):
@@ -127,7 +127,9 @@ def _files(text: str) -> list[Path] | None:
             if path.is_file() and not path.name.startswith(".") and path.suffix.lower() in _READERS
         ]
         if not files:
-            raise UserError(f"The folder {text!r} holds no text: put a file into it ({kinds}).")
+            raise UserError(
+                f"The folder {text!r} contains no text file: put a file into it ({kinds})."
+            )
         return files
     if os.path.exists(text):
         raise UserError(f"{text!r} is a pipe or a device: give a file ({kinds}), or a folder.")
@@ -153,21 +155,21 @@ def _checked(name: str, rows: Iterable[dict[str, Any]], column: str) -> Iterator
             value, split = row[column], row.get("split")
             if not isinstance(value, str | None):
                 raise UserError(
-                    f"{name!r} has {type(value).__name__} {value!r:.40} in column {column!r}, "
-                    f"row {number}: give text."
+                    f"{name!r} has the {type(value).__name__} {value!r:.40} in column {column!r}, "
+                    f"row {number}: only text is allowed there."
                 )
             is_odd = value and (
                 "\0" in value or not value.isascii()
             )  # a fast test that most texts pass
             if is_odd and (found := _FORBIDDEN.search(str(value))):
                 raise UserError(
-                    f"{name!r} has the character {found[0]!r} in row {number}: "
-                    "remove it, it is not allowed in a text."
+                    f"{name!r} has the character {found[0]!r} in row {number}, which is not "
+                    "allowed in a text: remove it."
                 )
             if split not in (None, "", "train", "held_out"):
                 raise UserError(
-                    f"{name!r} has the split {split!r:.40} in row {number}: "
-                    "give 'train' or 'held_out'."
+                    f"Column 'split' of {name!r} has {split!r:.40} in row {number}: give 'train' "
+                    "or 'held_out'."
                 )
             yield value, split
     except UserError:
@@ -178,8 +180,8 @@ def _checked(name: str, rows: Iterable[dict[str, Any]], column: str) -> Iterator
         ) from error
     except (ValueError, RecursionError, csv.Error, pa.ArrowException, OSError) as error:
         raise UserError(
-            f"{name!r} cannot be read at row {number + 1} ({first_line(error)}): "
-            "is it cut off, or another format?"
+            f"{name!r} cannot be read at row {number + 1} ({first_line(error)}): check whether the "
+            "file is truncated or has another format."
         ) from error
 
 
@@ -203,7 +205,9 @@ def _jsonl(path: Path, column: str) -> Iterator[dict[str, Any]]:
     for line in _lines(path):
         row = json.loads(line, object_pairs_hook=unique_keys) if line.strip() else {column: None}
         if not isinstance(row, dict):
-            raise ValueError(f"{type(row).__name__}, not an object with columns")
+            raise ValueError(
+                f"the line holds a {type(row).__name__}, not a JSON object with columns"
+            )
         yield row
 
 
@@ -215,12 +219,14 @@ def _csv(path: Path, column: str) -> Iterator[dict[str, Any]]:
         for row in rows:
             if None in row:
                 raise ValueError(
-                    "more fields than the header: a delimiter inside a text needs quotes"
+                    "the row has more fields than the header: put texts that contain the "
+                    "delimiter in quotes"
                 )
             content = "".join(value or "" for value in row.values())
             if delimiter == "\t" and ("\t" in content or "\n" in content):
                 raise ValueError(
-                    "a text in quotes with a tab or a newline: if the quotes are text, give jsonl"
+                    "a field in quotes contains a tab or a newline: if the quotes belong to the "
+                    "text, use jsonl"
                 )
             yield row
 
@@ -254,26 +260,33 @@ def _dicts(batch: pa.RecordBatch) -> Iterator[dict[str, Any]]:
 
 
 def _batches(path: Path, file: pq.ParquetFile, names: list[str]) -> Iterator[pa.RecordBatch]:
-    """Yield some rows at a time; refuse a parquet file that unpacks to far more than its size."""
+    """Yield batches of rows; refuse a parquet file that unpacks to far more than its size."""
     packed, metadata = path.stat().st_size, file.metadata
     groups = map(metadata.row_group, range(metadata.num_row_groups))
     unpacked = sum(group.total_byte_size for group in groups)
     if unpacked > max(MUCH, MOST_UNPACKED * packed):
-        raise ValueError(f"it has {packed:,} bytes and unpacks to {unpacked:,}")
+        raise ValueError(
+            f"the file has {packed:,} bytes but would unpack to {unpacked:,}, too many for its size"
+        )
     if metadata.num_rows * BYTES_A_ROW > max(MUCH_IN_ALL, 10 * MOST_UNPACKED * packed):
-        raise ValueError(f"it has {packed:,} bytes and {metadata.num_rows:,} rows")
+        raise ValueError(
+            f"the file has {packed:,} bytes but {metadata.num_rows:,} rows, too many for its size"
+        )
     num_rows, num_bytes = PARQUET_ROWS, 0
     if unpacked > 20 * packed:  # a value that is stored once may be in each row
         num_rows = min(num_rows, max(1, MOST_BYTES // unpacked))
     for batch in file.iter_batches(num_rows, columns=names):
         num_bytes += batch.nbytes
         if num_bytes > max(MUCH_IN_ALL, MOST_UNPACKED * packed):
-            raise ValueError(f"it has {packed:,} bytes, and its first rows {num_bytes:,}")
+            raise ValueError(
+                f"the file has {packed:,} bytes but its first rows unpack to {num_bytes:,}, too "
+                "many for its size"
+            )
         yield batch
 
 
 def check_table(path: Path, has_header: bool = True) -> None:
-    """Refuse a table with too many or equal column names, or that unpacks to far more bytes.
+    """Raise an error for a table with too many or equal column names, or one like a zip bomb.
 
     Args:
         path: a parquet, csv or tsv file.
@@ -297,7 +310,9 @@ def check_table(path: Path, has_header: bool = True) -> None:
 
 def _check_columns(names: Sequence[str]) -> None:
     if len(names) > MOST_COLUMNS:
-        raise ValueError(f"{len(names):,} columns, more than {MOST_COLUMNS:,}")
+        raise ValueError(
+            f"the table has {len(names):,} columns, but at most {MOST_COLUMNS:,} are allowed"
+        )
     if twice := [name for name, count in Counter(names).items() if count > 1]:
         raise ValueError(f"two columns are called {twice[0]!r:.100}")
 
@@ -318,7 +333,7 @@ def _hub(name: str, column: str) -> Any:
 
 
 def _wanted(names: list[str], column: str) -> list[str]:
-    """Return the columns to read: all if ``column`` is missing, for the message that lists them."""
+    """Return the columns to read: ``column`` and ``split``; all if ``column`` does not exist."""
     return [name for name in names if name in (column, "split")] if column in names else names
 
 

@@ -65,7 +65,7 @@ class Batch(TypedDict):
 
 
 def located(batch: Batch) -> Batch:
-    """Return the batch with the indices of its real tokens and pairs, to save device syncs."""
+    """Add to a batch the indices of its real tokens and pairs, so that a GPU need not be synced."""
     return {**batch, "real_tokens": real_tokens(batch), "pairs": pairs(batch)}
 
 
@@ -100,7 +100,8 @@ def write_piece(
         masker: masks the rows.
         first: number of the first row in the corpus.
         num_variants: number of masks for each row.
-        masked_share: share of the rows that is masked at all, drawn anew for each of a row's masks.
+        masked_share: share of the rows that have masked tokens, drawn anew for each of a row's
+            masks.
     """
     lengths, second_starts = [], []
     variants: list[list[IntArray]] = [[] for _ in range(num_variants)]
@@ -171,10 +172,10 @@ def join_pieces(
 
 
 def is_whole(folder: Path, has_lock: bool = False) -> bool:
-    """Return whether a folder's rows are complete, undamaged and match the hash in its name.
+    """Return whether a folder of tokenised rows is complete, undamaged and unrenamed.
 
-    If files changed since they were last hashed, a caller that holds the folder's lock
-    (``has_lock``) hashes them again. Without the lock, such a folder counts as not whole.
+    Files that changed since they were last hashed are hashed again if the caller holds the folder's
+    lock (``has_lock``). Without the lock, the result is then False.
     """
     about, checked = _read_about(folder), folder / "checked.json"
     if about is None or about["key"] != folder.name:
@@ -192,7 +193,7 @@ def _stamps(folder: Path) -> dict[str, list[int]]:
 
 
 def _read_about(folder: Path) -> dict[str, Any] | None:
-    """Return the content of the ``about`` file; None if there is none that matches its own name."""
+    """Return the content of ``about.<hash>.json``; None if the file is missing or damaged."""
     for path in folder.glob("about.*"):
         if path.name == _about(content := path.read_bytes().decode(errors="replace")):
             about = dict(json.loads(content))
@@ -217,9 +218,9 @@ def _sha256(folder: Path) -> str:
 
 
 class TokenRows(Dataset[Batch]):
-    """The dataset of the rows in a folder that ``join_pieces`` wrote.
+    """Dataset of tokenised rows on disk, in a folder that ``join_pieces`` wrote.
 
-    It is indexed by (number of the mask, numbers of the rows), and an item is a whole batch.
+    An index is a pair (number of the mask, numbers of the rows), and an item is a whole batch.
     ``sha256`` is the hash of the ``.bin`` files, and so of everything that a model sees: text,
     tokenizer, truncation, pairs, masks and order of rows.
 
@@ -258,7 +259,7 @@ class TokenRows(Dataset[Batch]):
         return len(self.lengths)
 
     def masked(self, variant: int, sample_id: int) -> IntArray:
-        """Return the token ids of the row ``sample_id`` under its mask number ``variant``."""
+        """Return the token ids of row ``sample_id``, masked by its mask number ``variant``."""
         size = np.dtype(np.int32).itemsize
         start = size * int(self._starts[sample_id])
         piece = self._files[variant].piece(start, size * int(self.lengths[sample_id]))

@@ -38,13 +38,13 @@ def model_card(
     Args:
         model: the exported model.
         tokenizer: the model's tokenizer.
-        card: what the card says about the model: ``name``, ``teacher`` and ``sections``, which maps
-            a title (``Scores``) to the rows of a table, ``{name: value}``. Optional:
-            ``base_model``, the teacher's name on the hub; ``text``, the text on which the model was
-            distilled; ``made``, one of ``searched and distilled``, ``distilled`` and ``exported``
-            (by default ``distilled`` if the model's config has a teacher's hash, or else
-            ``exported``); ``license``, as the hub spells it; ``task`` and ``metrics``, the name of
-            the labelled task and the metrics that ``evaluate_glue`` measured on it.
+        card: facts about the model: ``name``, ``teacher`` and ``sections``, which maps a title
+            (``Scores``) to the rows of a table, ``{name: value}``. Optional: ``base_model``, the
+            teacher's name on the hub; ``text``, the text on which the model was distilled;
+            ``made``, one of ``searched and distilled``, ``distilled`` and ``exported`` (by default
+            ``distilled`` if the model's config has a teacher's hash, or else ``exported``);
+            ``license``, as the hub spells it; ``task`` and ``metrics``, the name of the labelled
+            task and the metrics that ``evaluate_glue`` measured on it.
         report: the results of the checks, as ``export_student`` returns them.
     """
     output = output_name(model)
@@ -100,9 +100,10 @@ def model_card(
 
 
 def _results(task: str, metrics: Mapping[str, float]) -> Iterator[EvalResult]:
-    """Convert metrics to the hub's form.
+    """Convert a task's metrics to the ``model-index`` format of the Hugging Face hub.
 
-    Metrics of MNLI that end with ``_matched`` are of its split ``validation_matched``, and so on.
+    Metrics of MNLI that end with ``_matched`` belong to its split ``validation_matched``;
+    ``_mismatched`` to ``validation_mismatched``.
     """
     is_glue = task in TASKS
     for key, value in metrics.items():

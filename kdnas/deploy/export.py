@@ -83,9 +83,9 @@ def export_student(
         card: content of the model card, see ``model_card``.
         make_rows: makes two sets of rows from the tokenizer: one to choose the best of several int8
             graphs, and one to compare that graph with the float32 graph; None: random words.
-        length: number of tokens at which texts are cut; None: the most that the model takes.
-        sentences: the teacher of a sentence encoder, and texts to compare on. If given, the folder
-            can be loaded by sentence-transformers, and has this teacher's pooling.
+        length: number of tokens at which texts are cut; None: the longest input of the model.
+        sentences: the teacher of a sentence encoder, and texts for comparison. If given,
+            sentence-transformers can load the folder, with this teacher's pooling.
         tolerance: largest allowed difference of an output between torch and onnxruntime.
         min_seconds: least time of each latency measurement, in seconds.
 
@@ -93,8 +93,8 @@ def export_student(
         ``max_abs_difference`` (between torch and onnxruntime), ``onnx_megabytes``,
         ``int8_megabytes`` and ``safetensors_megabytes`` (of 10^6 bytes), ``opset``, ``int8`` (see
         ``write_best_int8``), ``latency`` (a list of measurements on one CPU thread, each with
-        ``batch``, ``length``, ``torch_ms``, ``onnx_ms`` and ``int8_ms``) and, with ``sentences``, ``sentences`` (see
-        ``add_sentence_files``).
+        ``batch``, ``length``, ``torch_ms``, ``onnx_ms`` and ``int8_ms``) and, with ``sentences``,
+        ``sentences`` (see ``add_sentence_files``).
 
     Raises:
         UserError: model or tokenizer of the source cannot be loaded completely, or ``length`` is
@@ -107,7 +107,8 @@ def export_student(
         longest = max_length(model.config)
         if not 2 <= length <= longest:
             raise UserError(
-                f"length is {length}: the student {str(source)!r} takes from 2 to {longest} tokens."
+                f"length is {length}, but the student {str(source)!r} takes from 2 to {longest} "
+                "tokens: give a length in this range."
             )
         tokenizer.model_max_length = length
     with new_folder(folder) as temporary:
@@ -138,7 +139,7 @@ def export_student(
 
 
 def teacher_in(config: PreTrainedConfig) -> dict[str, str]:
-    """Return the manifest's entry with the teacher's hash; {} if the config has no such hash."""
+    """Return the manifest's entry with the teacher's hash; {} if the config has none."""
     known = getattr(config, "teacher_sha256", None)
     return {"teacher_sha256": str(known)} if known else {}
 
@@ -153,8 +154,8 @@ def load_student(source: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase
     """Load the classifier or encoder of a folder, in float32 and eval mode, and its tokenizer.
 
     Raises:
-        UserError: model or tokenizer cannot be loaded completely, or the model has a head that is
-            no sequence classifier's.
+        UserError: model or tokenizer cannot be loaded completely, or the model has another head
+            than a sequence classifier's.
     """
     here: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
     try:
@@ -165,7 +166,8 @@ def load_student(source: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase
         for name in config.architectures or ():
             if name.endswith(OTHER_HEADS):
                 raise ValueError(
-                    f"the head of {name} would be lost: give an encoder, or a sequence classifier"
+                    f"the head of {name} cannot be exported: give an encoder, or a sequence "
+                    "classifier"
                 )
         check_sizes(str(source), config, check_files(str(source), source))
         refuse_relative_positions(str(source), config)
@@ -173,7 +175,8 @@ def load_student(source: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase
         if has_classifier(config):
             if config.problem_type == "multi_label_classification":
                 raise ValueError(
-                    "it predicts several labels at once: give a classifier that predicts one"
+                    "the classifier predicts several labels at once: give one that predicts a "
+                    "single label"
                 )
             factory: Any = AutoModelForSequenceClassification
         else:
@@ -182,7 +185,7 @@ def load_student(source: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase
         model, info = factory.from_pretrained(source, **options)
         tokenizer = AutoTokenizer.from_pretrained(source, **here)
         if missing := sorted(info["missing_keys"]):
-            raise ValueError(f"its weights lack {missing[0]!r} (and {len(missing) - 1} more)")
+            raise ValueError(f"the weights lack {missing[0]!r} (and {len(missing) - 1} more)")
         refuse_unused(str(source), info["unexpected_keys"])
         refuse_no_values(str(source), model)
         # If a folder has no tokenizer, transformers returns an empty one.
@@ -190,7 +193,9 @@ def load_student(source: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase
             raise ValueError("it has no tokenizer")
         match_marks(tokenizer, config)
         if unknown := set(tokenizer.model_input_names) - {*INPUTS, "token_type_ids"}:
-            raise ValueError(f"its tokenizer returns {min(unknown)!r}, which is not supported")
+            raise ValueError(
+                f"the tokenizer returns {min(unknown)!r}, an input that is not supported"
+            )
     except Exception as error:  # a broken folder raises anything, KeyError and EOFError included
         raise UserError(f"Cannot export {str(source)!r}: {first_line(error)}.") from error
     if has_classifier(config):
@@ -201,7 +206,7 @@ def load_student(source: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase
 
 
 def _parity_lengths(longest: int) -> list[int]:
-    """Return lengths to check: the Fibonacci numbers 1, 2, 3, 5, 8, ..., and ``longest``."""
+    """Return the row lengths to check: the Fibonacci numbers 1, 2, 3, 5, 8, ... and ``longest``."""
     lengths, step = [1], 1
     while lengths[-1] + step < longest:
         lengths.append(lengths[-1] + step)
@@ -235,8 +240,8 @@ def _check_parity(
             largest = difference.max().item()
             if not largest <= tolerance:  # NaN too
                 raise ParityError(
-                    f"The ONNX graph's {output} differs from torch's by {largest:.3g} "
-                    f"at batch x length {size} x {length}; {tolerance:g} is allowed."
+                    f"The ONNX graph's {output} differs from torch's by {largest:.3g} at "
+                    f"batch size {size} and length {length}, but only {tolerance:g} is allowed."
                 )
             worst = max(worst, largest)
     return worst
@@ -252,7 +257,7 @@ def _check_predict(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     for name, found in Predictor(folder).encode(texts).items():
         if found.shape != expected[name].shape or (found != expected[name]).any():
             raise ParityError(
-                f"The {name} of predict.py differ from those of transformers' tokenizer."
+                f"For some texts, predict.py gives other {name} than the transformers tokenizer."
             )
 
 

@@ -53,9 +53,9 @@ class LatencySettings:
             the CPU.
         batch_size: rows per batch.
         length: tokens per row, including those that the tokenizer adds.
-        lengths: a jsonl file of real row lengths, used in place of ``length``; each line is a
-            number or ``{"length": number}``. At most 32 batches, of rows drawn at random, are
-            timed, each padded to its longest row.
+        lengths: a jsonl file of real row lengths, used instead of ``length``; each line is a number
+            or ``{"length": number}``. Up to 32 batches of random rows are timed, each padded to its
+            longest row.
         num_threads: CPU threads.
         min_seconds: least time to spend on each model, in seconds.
 
@@ -75,7 +75,8 @@ class LatencySettings:
     def __post_init__(self) -> None:
         if self.backend not in BACKENDS:
             raise UserError(
-                f"latency.backend is {self.backend!r}.{nearest(self.backend, BACKENDS)}"
+                f"latency.backend is {self.backend!r}, which is "
+                f"unknown.{nearest(self.backend, BACKENDS)}"
             )
         if self.backend in ON_ONNX:
             check_onnx()
@@ -84,8 +85,8 @@ class LatencySettings:
         devices = _devices()
         if self.device not in devices:
             raise UserError(
-                f"latency.device is {self.device!r}, which torch does not see."
-                f"{nearest(self.device, devices)}"
+                f"latency.device is {self.device!r}, but torch has no such device "
+                f"here.{nearest(self.device, devices)}"
             )
         if self.backend in ON_ONNX and self.device != "cpu":
             raise UserError(
@@ -113,7 +114,7 @@ class LatencySettings:
         return [rows[size * place : size * (place + 1)] for place in range(num_batches)]
 
     def content(self) -> dict[str, str]:
-        """Return ``{"latency.lengths_sha256": hash of the file of lengths}``; {} without a file."""
+        """Return ``{"latency.lengths_sha256": hash of the file}``; {} without such a file."""
         if not self.lengths:
             return {}
         return {"latency.lengths_sha256": file_sha256(Path(self.lengths))}
@@ -124,9 +125,9 @@ class Latency:
     """Time of one forward pass.
 
     Args:
-        median_ms: median, in milliseconds.
-        iqr_ms: interquartile range, in milliseconds; if batches differ in length, the mean of each
-            batch's range.
+        median_ms: median time of a pass, in milliseconds.
+        iqr_ms: interquartile range, in milliseconds; if batches differ in length, the mean of the
+            batches' ranges.
         num_runs: number of timed forward passes.
         p95_ms: 95th percentile, in milliseconds.
         tokens_per_second: real tokens per second, without padding.
@@ -146,8 +147,7 @@ def measured_by(how: Mapping[str, Any]) -> str:
     """Describe a measurement in words: ``torch on cpu, batch 1 x 128, 1 thread``.
 
     Args:
-        how: maps names of fields of ``LatencySettings`` to values; a field that is left out has its
-            default.
+        how: fields of ``LatencySettings`` as a dict; missing fields have their defaults.
     """
     how = {**asdict(LatencySettings()), **how}
     shape = f"batch {how['batch_size']} x {how['length']}"
@@ -158,7 +158,7 @@ def measured_by(how: Mapping[str, Any]) -> str:
 
 
 def is_unsteady(median_ms: float, iqr_ms: float) -> bool:
-    """Return whether the interquartile range ``iqr_ms`` is so wide that the machine was busy."""
+    """Return whether a latency is unsteady: an interquartile range that is large for its median."""
     return iqr_ms > MOST_SPREAD * median_ms
 
 
@@ -183,7 +183,7 @@ class ArchLatency:
 
 
 def measure_latency(models: Sequence[nn.Module | Path], settings: LatencySettings) -> list[Latency]:
-    """Time the forward pass of each model, in alternation, so that a drift of the machine cancels.
+    """Time models' forward passes in alternation, so that changes of the machine's speed cancel.
 
     Models run in eval mode and inference mode, without autocast, with an attention mask. There are
     several rounds. In each round every model makes an untimed pass, and then runs for at least a
@@ -228,7 +228,7 @@ def measure_latency(models: Sequence[nn.Module | Path], settings: LatencySetting
 
 
 class LatencyMeter:
-    """Measures student architectures, each once, in alternation with the same teacher.
+    """Measures the latency of student architectures, each once and in alternation with the teacher.
 
     Encoder and classification head have random weights, on which latency does not depend.
 
@@ -247,11 +247,11 @@ class LatencyMeter:
         self._known: dict[StudentArch, ArchLatency] = {}
 
     def remember(self, arch: StudentArch, value: ArchLatency) -> None:
-        """Use ``value`` for an architecture from now on, instead of a measurement."""
+        """Use a known latency for an architecture, instead of measuring it."""
         self._known[arch] = value
 
     def measure(self, arch: StudentArch) -> ArchLatency:
-        """Return the latency of an architecture; only the first call with it measures.
+        """Return the latency of an architecture; it is measured at the first call only.
 
         Raises:
             CandidateFailed: the median latency of student or teacher is 0 or not finite.
@@ -261,9 +261,9 @@ class LatencyMeter:
         return self._known[arch]
 
     def glance(self, arch: StudentArch) -> ArchLatency:
-        """Return the known latency of an architecture, or else measure for a short time.
+        """Return the latency of an architecture: the known one, or else a quick measurement.
 
-        The result of such a short measurement is not kept for ``measure``.
+        A quick measurement is not reused by ``measure``.
         """
         seconds = min(GLANCE_SECONDS, self.settings.min_seconds)
         quick = replace(self.settings, min_seconds=seconds)
@@ -275,7 +275,8 @@ class LatencyMeter:
         for role, latency in (("student", student), ("teacher", teacher)):
             if not 0 < latency.median_ms < math.inf:
                 raise CandidateFailed(
-                    f"The {role}'s latency beside {arch} is {latency.median_ms} ms."
+                    f"The {role}'s latency was measured as {latency.median_ms} ms, for the student "
+                    f"{arch}."
                 )
         return ArchLatency(student, teacher, num_parameters(model))
 
@@ -325,8 +326,8 @@ def check_length(config: PreTrainedConfig, settings: LatencySettings) -> None:
     if asked > longest:
         where = f" in {settings.lengths!r}" if settings.lengths else ""
         raise UserError(
-            f"latency.length is {asked}{where}, but this {config.model_type} takes {longest} "
-            "tokens at most: give a smaller length."
+            f"latency.length is {asked}{where}, but this {config.model_type} model takes at most "
+            f"{longest} tokens: give a smaller length."
         )
 
 
@@ -347,7 +348,7 @@ def _batch(
 
 @contextmanager
 def threads(number: int) -> Iterator[None]:
-    """Let torch use ``number`` threads within the ``with`` block."""
+    """Context manager in which torch uses ``number`` threads."""
     before = torch.get_num_threads()
     torch.set_num_threads(number)
     try:
@@ -360,7 +361,7 @@ def threads(number: int) -> Iterator[None]:
 def _running(
     models: Sequence[nn.Module | Path], settings: LatencySettings
 ) -> Iterator[Sequence[Callable[..., Any]]]:
-    """Yield a function for each model, which runs the model on a batch with the backend."""
+    """Context manager that gives, for each model, a function which runs it on a batch."""
     device = settings.device
     modules = [model for model in models if isinstance(model, nn.Module)]
     no_autocast = torch.autocast(torch.device(device).type, enabled=False)
@@ -387,7 +388,7 @@ def _session(model: Any, folder: Path, settings: LatencySettings) -> Callable[..
 
 @contextmanager
 def _deployed(models: Sequence[nn.Module], device: str) -> Iterator[None]:
-    """Move models to the device, in eval mode; restore their device and mode afterwards."""
+    """Context manager that moves models to a device, in eval mode, and restores both at the end."""
     # Outside of inference_mode: parameters that are moved within it cannot be trained afterwards.
     homes = [next(model.parameters()).device for model in models]
     modes = [(part, part.training) for model in models for part in model.modules()]
@@ -403,10 +404,10 @@ def _deployed(models: Sequence[nn.Module], device: str) -> Iterator[None]:
 
 
 def _timed(turn: Sequence[Callable[[], Any]], device: torch.device, share: float) -> list[float]:
-    """Run a model for ``share`` seconds, after an untimed pass, and return the time of each pass.
+    """Run a model for ``share`` seconds and return the time of each forward pass, in seconds.
 
-    ``turn`` has a function for each batch, which runs the model on this batch. Every batch runs
-    equally often. Times are in seconds.
+    ``turn`` has a function for each batch, which runs the model on it. All batches run equally
+    often, after one untimed pass.
     """
     turn[0]()
     times: list[float] = []
@@ -434,11 +435,11 @@ def _seconds(run: Callable[[], Any], device: torch.device) -> float:
 
 
 def _summary(times: list[float], lengths: Sequence[Sequence[int]]) -> Latency:
-    """Summarise a model's ``times``, which are of all its passes, in seconds.
+    """Summarise the times (in seconds) of all forward passes of a model.
 
-    Median and 95th percentile are over all passes. The interquartile range is taken for each batch
-    and then averaged, as different lengths of batches would widen a range over all passes. Tokens
-    and rows per second are computed from each batch's median time.
+    Median and 95th percentile are over all passes. The interquartile range is the mean of the
+    batches' ranges, because different lengths would widen a common range. Tokens and rows per
+    second are computed from each batch's median time.
     """
     seconds = np.array(times).reshape(-1, len(lengths))
     median, most = np.percentile(1000 * seconds, (50, 95)).tolist()

@@ -27,16 +27,16 @@ Feed = dict[str, Any]  # a batch: numpy arrays by the names of the graph's input
 
 
 def check_onnx() -> None:
-    """Raise ``UserError`` if a package of the extra ``onnx`` is not installed."""
+    """Raise ``UserError`` if a package for ONNX (``pip install '.[onnx]'``) is not installed."""
     for name in ("onnx", "onnxruntime", "onnxscript"):
         if importlib.util.find_spec(name) is None:
             raise UserError(
-                f"The package {name!r} is not installed, and ONNX needs it: pip install '.[onnx]'."
+                f"ONNX needs the package {name!r}, which is not installed: pip install '.[onnx]'."
             )
 
 
 def output_name(model: PreTrainedModel) -> str:
-    """Return the name of a graph's output: ``logits`` (classifier) or ``last_hidden_state``."""
+    """Return the name of the ONNX output: ``logits`` (classifier) or ``last_hidden_state``."""
     return "logits" if "ForSequenceClassification" in type(model).__name__ else "last_hidden_state"
 
 
@@ -72,9 +72,9 @@ def random_batch(
 def write_onnx(model: PreTrainedModel, path: Path, input_names: Sequence[str] = INPUTS) -> None:
     """Write a model as an ONNX graph that takes any batch size and length.
 
-    Attention is exported in its eager form: fused attention would add twelve nodes per layer, with
-    which onnxruntime takes 10 % longer. An Add before a layer norm becomes a Sum: onnxruntime would
-    fuse an Add and its norm into SkipLayerNormalization, which takes three times as long as both.
+    Attention is exported in its eager form: fused attention would add twelve nodes per layer and
+    make onnxruntime 10 % slower. An Add before a layer norm becomes a Sum: otherwise onnxruntime
+    would fuse both into SkipLayerNormalization, which takes three times as long.
 
     Args:
         model: a model in eval mode on the CPU; it is not changed.
@@ -110,7 +110,7 @@ def write_onnx(model: PreTrainedModel, path: Path, input_names: Sequence[str] = 
 
 
 def write_int8(source: Path, target: Path, calibration: Iterable[Feed] | None = None) -> None:
-    """Write an int8 copy of a graph: 8-bit matrices and embedding tables, a scale for each column.
+    """Write an int8 copy of an ONNX graph: int8 matrices and embeddings, with a scale per column.
 
     Args:
         source: the float32 graph.
@@ -156,7 +156,7 @@ def write_int8(source: Path, target: Path, calibration: Iterable[Feed] | None = 
 
 
 def write_deployed(model: PreTrainedModel, folder: Path, int8: bool) -> Path:
-    """Write a model's graph and config to a folder, and return the path of the graph."""
+    """Write a model's ONNX graph and config to a folder; return the path of the graph."""
     model.config.save_pretrained(folder)
     marks = ["token_type_ids"] if marks_pairs(model.config) else []
     write_onnx(model, folder / ONNX, [*INPUTS, *marks])
@@ -167,7 +167,7 @@ def write_deployed(model: PreTrainedModel, folder: Path, int8: bool) -> Path:
 
 
 def open_session(path: Path, num_threads: int = 0) -> Any:
-    """Open a graph in onnxruntime on the CPU; ``num_threads`` 0 means one thread for each core."""
+    """Open an ONNX graph in onnxruntime on the CPU; ``num_threads`` 0: one thread per core."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -178,13 +178,13 @@ def open_session(path: Path, num_threads: int = 0) -> Any:
 
 
 def config_beside(path: Path) -> PreTrainedConfig:
-    """Read ``config.json`` from the folder of the graph ``path``."""
+    """Read the ``config.json`` in the folder of the ONNX graph ``path``."""
     return read_config(path.parent / "config.json")
 
 
 @contextmanager
 def _told_if_full(source: Path, target: Path) -> Iterator[None]:
-    """If native code fails on a file that a full disk cut off, raise the error of the disk."""
+    """Context manager: if native code fails because the disk is full, raise the disk's error."""
     try:
         yield
     except OSError:
@@ -199,7 +199,7 @@ def _told_if_full(source: Path, target: Path) -> Iterator[None]:
 
 @contextmanager
 def _quiet(logger_name: str) -> Iterator[None]:
-    """Silence warnings, and a logger's records below errors: they are internals of a library."""
+    """Context manager that silences warnings, and the records of a logger below level error."""
     logger = logging.getLogger(logger_name)
     level = logger.level
     logger.setLevel(logging.ERROR)

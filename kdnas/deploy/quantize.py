@@ -1,4 +1,4 @@
-"""Choose the better of two int8 graphs on some rows, and measure its loss on other rows."""
+"""Choose the better of two int8 graphs on some rows, and measure its error on other rows."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -33,8 +33,8 @@ class Rows:
         report: batches of validation or held-out rows on which the chosen graph is compared with
             the float32 graph.
         name: description of ``report`` for people.
-        task: the task by which the outputs are scored, and whose ``labels`` are in each batch.
-            None: the outputs of the graphs are compared, but not scored.
+        task: the task with which outputs are scored; each batch then has ``labels``. None: the
+            graphs' outputs are compared, but not scored.
     """
 
     choose: list[Feed] = field(repr=False)
@@ -46,7 +46,7 @@ class Rows:
 def task_rows(
     task: LoadedTask, tokenizer: PreTrainedTokenizerBase, length: int, is_scored: bool = True
 ) -> Rows:
-    """Draw at most 256 training rows, to choose the int8 graph on, and 2,000 validation rows.
+    """Draw up to 256 training rows to choose an int8 graph on, and 2,000 validation rows.
 
     Args:
         task: the task with its rows.
@@ -74,7 +74,7 @@ def task_rows(
 def text_rows(
     train: Sequence[str], held_out: Sequence[str], tokenizer: PreTrainedTokenizerBase, length: int
 ) -> Rows:
-    """Draw at most 256 training texts, to choose the int8 graph on, and 256 held-out texts.
+    """Draw texts: up to 256 training texts to choose int8 on, and 256 held-out texts to report.
 
     Texts longer than ``length`` tokens are cut.
     """
@@ -118,7 +118,7 @@ def outputs(path: Path, batches: Sequence[Feed]) -> list[np.ndarray]:
 
 
 def score(task: Task, found: Sequence[np.ndarray], batches: Sequence[Feed]) -> float:
-    """Return the task's score of the outputs ``found``: the mean of its metrics."""
+    """Return a task's score (the mean of its metrics) for a graph's outputs on batches."""
     metrics = make_metrics(task)
     for output, batch in zip(found, batches, strict=True):
         logits = torch.from_numpy(output)
@@ -130,8 +130,8 @@ def score(task: Task, found: Sequence[np.ndarray], batches: Sequence[Feed]) -> f
 def cosine(first: Sequence[np.ndarray], second: Sequence[np.ndarray]) -> float:
     """Return the cosine of two graphs' outputs, which are lists of batches.
 
-    The cosine is the mean over rows of the outputs, which are an encoder's tokens. If a row has
-    fewer than 32 numbers, as logits have, all rows are joined into one long vector instead.
+    It is the mean cosine over the rows of the outputs (tokens of an encoder). If rows have fewer
+    than 32 numbers, such as logits, all are joined into one vector instead.
     """
     a, b = (torch.from_numpy(np.concatenate(list(parts))).double() for parts in (first, second))
     if a.shape[1] < 32:  # the angle between two vectors of few logits says little
@@ -153,9 +153,10 @@ def compare(
 
 
 def lost(result: Mapping[str, Any]) -> float:
-    """Return the share of the score that int8 loses, from what ``compare`` returned.
+    """Return the share of the score that int8 loses, or ``1 - cosine`` without a score.
 
-    Without a score, return ``1 - cosine``.
+    Args:
+        result: result of ``compare``.
     """
     if "score" not in result:
         return 1 - result["cosine"]
@@ -163,14 +164,14 @@ def lost(result: Mapping[str, Any]) -> float:
 
 
 def write_best_int8(source: Path, target: Path, rows: Rows) -> dict[str, Any]:
-    """Write an int8 graph with dynamic scales of activations, or static ones if these lose less.
+    """Write an int8 graph with dynamic scales of activations, or static scales if they lose less.
 
     Static scales are tried only if dynamic scales lose more than 1 % on ``rows.choose``.
 
     Args:
         source: the float32 graph.
         target: the file to write.
-        rows: the rows on which the graph is chosen, and those on which it is then compared.
+        rows: ``choose``, rows to choose the graph on, and ``report``, rows to compare it on.
 
     Returns:
         ``method`` (``dynamic`` or ``static``), ``rows`` (the name of ``rows.report``) and, measured
@@ -195,7 +196,7 @@ def write_best_int8(source: Path, target: Path, rows: Rows) -> dict[str, Any]:
     if not result["cosine"] >= LEAST_COSINE:  # NaN too
         output = open_session(source).get_outputs()[0].name
         raise ParityError(
-            f"{output} of {target.name} has a cosine of {result['cosine']:.3f} "
-            f"to those of {source.name} on {rows.name}; {LEAST_COSINE} is needed."
+            f"On {rows.name}, the {output} of {target.name} have a cosine of "
+            f"{result['cosine']:.3f} to those of {source.name}, but {LEAST_COSINE} is needed."
         )
     return {"method": method, "rows": rows.name, **result}

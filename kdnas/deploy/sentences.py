@@ -41,15 +41,15 @@ class Sentences:
 
 
 def check_sentences(task: LoadedTask | None) -> None:
-    """Raise ``UserError`` if sentence-transformers is missing, or a task has no rated pairs."""
+    """Raise an error if sentence-transformers is missing, or a task has no rated sentence pairs."""
     if importlib.util.find_spec("sentence_transformers") is None:
         raise UserError(
             "sentence-transformers is not installed: pip install '.[sentence-transformers]'."
         )
     if task is not None and (len(task.task.columns) != 2 or task.task.num_labels != 1):
         raise UserError(
-            f"The task {task.task.name!r} has no pairs of sentences with a number as label: "
-            "give --task stsb, or no task."
+            f"The task {task.task.name!r} has no sentence pairs with a number as label: give "
+            "--task stsb, or no task."
         )
 
 
@@ -74,16 +74,16 @@ def add_sentence_files(
         and ``teacher_spearman`` (see ``spearman``).
 
     Raises:
-        UserError: the model is a classifier, or the teacher is no sentence encoder whose pooling
-            can be exported.
-        ParityError: sentence-transformers computes other vectors than the model.
+        UserError: the model is a classifier, or the teacher is not a sentence encoder with a
+            pooling that can be exported.
+        ParityError: sentence-transformers computes different vectors from the model's.
     """
     from sentence_transformers import SentenceTransformer
 
     if "ForSequenceClassification" in type(model).__name__:
         raise UserError(
-            f"The student is a {type(model).__name__}: "
-            "sentence-transformers takes an encoder, as in full_kd/encoder."
+            f"The student is a {type(model).__name__}, but sentence-transformers needs an encoder, "
+            "such as the run's full_kd/encoder."
         )
     logging.getLogger("sentence_transformers").setLevel(logging.ERROR)
     source = sentences.teacher.source
@@ -91,14 +91,15 @@ def add_sentence_files(
         teacher = SentenceTransformer(source, device="cpu", trust_remote_code=False)
     except (ValueError, ImportError) as error:  # modules.json can name a class of another package
         raise UserError(
-            f"{sentences.teacher.name!r} is not a sentence encoder that can be loaded "
+            f"The teacher {sentences.teacher.name!r} cannot be loaded as a sentence encoder "
             f"({first_line(error)})."
         ) from error
     kinds = {type(module).__name__: module for module in teacher}
     pooling: Any = getattr(kinds.get("Pooling"), "pooling_mode", None)
     if pooling not in ("mean", "cls"):
         raise UserError(
-            f"{sentences.teacher.name!r} pools by {pooling!r}: only mean and cls can be exported."
+            f"The teacher {sentences.teacher.name!r} pools by {pooling!r}, but only mean and cls "
+            "can be exported: use another teacher."
         )
     normalized = "Normalize" in kinds
     _write_modules(
@@ -122,7 +123,7 @@ def add_sentence_files(
 
 
 def spearman(encoder: Any, task: LoadedTask) -> float:
-    """Return Spearman's correlation of labels and cosines of sentence pairs, on validation rows."""
+    """Return Spearman's correlation of labels and cosines, over the validation sentence pairs."""
     first, second = (_vectors(encoder, task.validation[name]) for name in task.task.columns)
     metrics = make_metrics(task.task)
     metrics.update(F.cosine_similarity(first, second), torch.tensor(task.validation["label"]))
@@ -171,7 +172,8 @@ def _check_vectors(
     largest = float((_vectors(student, texts) - expected).abs().max())
     if not largest <= 1e-4:
         raise ParityError(
-            f"The vectors of sentence-transformers differ from the student's by {largest:.3g}."
+            f"The vectors from sentence-transformers differ from the student's by {largest:.3g}, "
+            "more than allowed."
         )
 
 

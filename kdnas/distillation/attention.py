@@ -16,15 +16,16 @@ from kdnas.system.errors import UserError
 
 
 class AttentionMaps(Objective):
-    """Kullback-Leibler divergence of the student's attention maps from the teacher's.
+    """Loss term: Kullback-Leibler divergence of the student's attention maps from the teacher's.
 
-    ``mean_i mean_a mean_n sum_m P_ia(n, m) log (P_ia(n, m) / S_ia(n, m))`` for student layer i, its
-    head a, real tokens n and m. S is the map of the student's head, P that of the teacher's head
-    from which the student's head was initialised. This objective preserves the attention between
-    two sentences, which pair tasks need and which training on hidden states alone erodes (LOG.md).
+    ``mean_i mean_a mean_n sum_m P_ia(n, m) log (P_ia(n, m) / S_ia(n, m))`` over student layers i,
+    their heads a, and real tokens n and m. S_ia is the attention map of head a in student layer i.
+    P_ia is the map of the teacher's head from which that head was initialised. The term keeps the
+    attention between the two sentences of a pair, which pair tasks need; training on hidden states
+    alone weakens that attention (LOG.md).
 
-    Source: TinyBERT (Jiao et al. 2020, section 3.1), with the divergence in place of the mean
-        squared error of logits, as in MiniLM (Wang et al. 2020, section 3.1).
+    Source: TinyBERT (Jiao et al. 2020, section 3.1), but with the KL divergence of MiniLM (Wang et
+        al. 2020, section 3.1) instead of the squared error of attention logits.
     """
 
     def teacher_layers(self, num_student_layers: int, num_teacher_layers: int) -> set[int]:
@@ -42,8 +43,9 @@ class _AttentionMaps(Criterion):
         ours, theirs = student.config, teacher.config
         if ours.num_attention_heads > theirs.num_attention_heads:
             raise UserError(
-                f"AttentionMaps: num_attention_heads is {ours.num_attention_heads}, the teacher "
-                f"has {theirs.num_attention_heads}: give the student at most as many."
+                f"AttentionMaps: the student has {ours.num_attention_heads} attention heads "
+                f"(num_attention_heads), the teacher only {theirs.num_attention_heads}: give the "
+                "student at most as many."
             )
         self.sources = kept_layers(ours.num_hidden_layers, theirs.num_hidden_layers)
         self.terms = [Term("attention_maps", 1.0, compares=False)]
@@ -65,23 +67,22 @@ class _AttentionMaps(Criterion):
 
 
 class AttentionRelations(Objective):
-    """MiniLMv2's relations of queries, of keys and of values among themselves, in one layer.
+    """MiniLMv2's loss on self-attention relations: query-query, key-key and value-value.
 
     The loss is ``KL(softmax(x_t x_t^T / sqrt(d_t)) || softmax(x_s x_s^T / sqrt(d_s)))``, averaged
-    over x = queries, keys and values, for the teacher's x_t and the student's x_s. Each x is split
-    into ``num_heads`` relation heads, of size d_t or d_s. So student and teacher can differ in
-    their widths and numbers of attention heads.
+    over x = queries, keys and values. x_t is of one teacher layer, x_s of the student's last layer.
+    Each is split into ``num_heads`` relation heads, of size d_t and d_s. So student and teacher can
+    differ in width and in number of attention heads.
 
     Args:
-        layer: the teacher's layer, from 0; negative counts from the end. The student's layer is
-            always its last.
+        layer: the teacher's layer, from 0; negative numbers count from the last layer.
         num_heads: number of relation heads; must divide the widths of student and teacher.
 
     Raises:
         UserError: the teacher has no such layer, or ``num_heads`` does not divide a width.
 
-    Source: Wang et al. 2021, "MiniLMv2", section 3.1 (which takes the upper middle layer of a large
-        teacher).
+    Source: Wang et al. 2021, "MiniLMv2", section 3.1, which takes the upper middle layer of a large
+        teacher.
     """
 
     def __init__(self, layer: int = -1, num_heads: int = 12) -> None:
@@ -99,8 +100,8 @@ class AttentionRelations(Objective):
         for width in (ours.hidden_size, theirs.hidden_size):
             if self.num_heads < 1 or width % self.num_heads:
                 raise UserError(
-                    f"AttentionRelations: {self.num_heads} relation heads do not divide "
-                    f"the width {width}."
+                    f"AttentionRelations: the width {width} cannot be split into {self.num_heads} "
+                    "relation heads: give a num_heads that divides it."
                 )
         return _AttentionRelations(below + 1, self.num_heads)
 

@@ -9,15 +9,15 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 
 def _every(trainer: pl.Trainer) -> int:
-    """Return the number of steps between two logs; only a log waits for the device."""
+    """Return the number of steps between two logged values of the learning rate and the speed."""
     return max(1, trainer.log_every_n_steps)  # type: ignore[attr-defined]
 
 
 class StudentCurves(pl.Callback):
-    """Logs the learning rate, the tokens per second and, once, a description of the student.
+    """Callback that logs learning rate, tokens per second and, once, the student's description.
 
-    The learning rate is the highest of all parameter groups. Tokens are the real tokens on all
-    devices, without padding; validation time does not count.
+    The learning rate is the highest of all parameter groups. Tokens are counted on all devices,
+    without padding. Time spent on validation is left out.
     """
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

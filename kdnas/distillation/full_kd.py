@@ -37,28 +37,27 @@ def distill_student(
     weights: dict[str, Tensor] | None = None,
     optimizer: dict[str, Tensor] | None = None,
 ) -> dict[str, Any]:
-    """Distil a student and write it into ``folder/encoder``; repeat a stopped call to resume.
+    """Distil one student and save it in ``folder/encoder``; a repeated call resumes training.
 
     Args:
         teacher: the teacher to learn from.
         arch: shape of the student.
-        recipe: objective, initialisation and learning rates.
-        data: data module after ``setup``; the student learns from the training rows of the
-            module's split.
-        states: the teacher's hidden states of the module's rows.
+        recipe: the loss, how the student is initialised, and the learning rates.
+        data: data module after ``setup``; the student is trained on its ``train_ids()``.
+        states: the teacher's hidden states of the rows in ``data``.
         trainer: device, precision, logger and callbacks.
         num_epochs: passes over the training rows; with 0, the student is saved untrained.
         folder: folder for TensorBoard logs, ``encoder/`` and, until the end, ``last.ckpt``.
-        seed: seed of the initial weights that are not made from the teacher's.
-        weights: state dict of a ``HiddenStateDistillModule`` to continue from, that of a search's
-            candidate; None: initialise the student from the teacher.
-        optimizer: state of the optimizer of that candidate, to continue from.
+        seed: random seed of the weights that are not initialised from the teacher.
+        weights: state dict of the ``HiddenStateDistillModule`` of a search candidate, to go on
+            training it; None: initialise the student from the teacher.
+        optimizer: optimizer state of that candidate.
 
     Returns:
-        A dictionary for ``result.json``: ``arch``, ``num_parameters``, ``seconds``, ``num_rows``
-        and ``num_epochs``; ``history``, the held-out metrics after each epoch; the metrics after
-        the last epoch, ``loss``, ``contextual_share`` and ``sentence_r2``; and, with at least
-        ``FEWEST_ROWS`` held-out rows, the two figures of ``sentence_agreement``.
+        A dictionary for ``result.json`` with ``arch``, ``num_parameters``, ``seconds``,
+        ``num_rows``, ``num_epochs``, and the held-out metrics: ``history`` (after each epoch), and
+        after the last epoch ``loss``, ``contextual_share`` and ``sentence_r2``. If there are at
+        least ``FEWEST_ROWS`` held-out rows, also the two figures of ``sentence_agreement``.
     """
     started = time.monotonic()
     with own_random_numbers():

@@ -16,29 +16,28 @@ from kdnas.system.errors import UserError
 
 
 def within_half(states: Tensor) -> Tensor:
-    """Return the states unchanged if float16 can hold them.
+    """Return hidden states unchanged, after a check that float16 can store them.
 
-    Stored in float16, larger numbers would silently become infinite.
+    Larger numbers would become infinite in float16 without an error.
 
     Raises:
         UserError: a number is NaN, or beyond the range of float16.
     """
     most, largest = torch.finfo(torch.float16).max, max(abs(float(x)) for x in states.aminmax())
     if math.isnan(largest):
-        raise UserError("The teacher's hidden states are not numbers (NaN): take another teacher.")
+        raise UserError("The teacher's hidden states contain NaN: use another teacher.")
     if largest > most:
         raise UserError(
-            f"The teacher's hidden states reach {largest:,.0f}; float16, in which they are kept, "
-            f"ends at {most:,.0f}: take another teacher."
+            f"The teacher's hidden states reach {largest:,.0f}. They are stored in float16, whose "
+            f"largest number is {most:,.0f}: use another teacher."
         )
     return states
 
 
 def squared_error(predicted_NH: Tensor, target_NH: Tensor) -> Tensor:
-    """Return the squared error: mean over dimensions, sum over tokens; a float32 scalar.
+    """Return the squared error, mean over dimensions and sum over N vectors; a float32 scalar.
 
-    Divided by N, the sum is the mean squared error. Sums can be added over batches of different
-    sizes.
+    The sum divided by N is the mean squared error. Sums of batches of different sizes can be added.
 
     Raises:
         ValueError: the shapes differ.
@@ -49,27 +48,30 @@ def squared_error(predicted_NH: Tensor, target_NH: Tensor) -> Tensor:
 
 def _refuse_other_shapes(one: Tensor, other: Tensor) -> None:
     if one.shape != other.shape:  # different shapes would broadcast silently
-        raise ValueError(f"The shapes {tuple(one.shape)} and {tuple(other.shape)} differ.")
+        raise ValueError(
+            f"Two tensors must have the same shape, but have {tuple(one.shape)} and "
+            f"{tuple(other.shape)}."
+        )
 
 
 def attention_map(query_BATD: Tensor, key_BATD: Tensor, mask_BT: Tensor) -> Tensor:
-    """Return each token n's attention to tokens m, (B, A, T, T); 0 where m is padding.
+    """Return the attention map ``softmax_m(q(n) k(m)^T / sqrt(D))``, of shape (B, A, T, T).
 
-    It is ``softmax_m(q(n) k(m)^T / sqrt(D))``.
+    Entry (n, m) is token n's attention to token m; it is 0 if token m is padding.
     """
     return masked_softmax(dot_scores(query_BATD, key_BATD), mask_BT)
 
 
 def masked_softmax(scores_BATT: Tensor, mask_BT: Tensor) -> Tensor:
-    """Return ``softmax_m(scores(n, m))`` over real tokens m, (B, A, T, T); 0 where m is padding."""
+    """Return ``softmax_m(scores(n, m))`` over real tokens m, (B, A, T, T); 0 for padding m."""
     return (scores_BATT + additive_mask(mask_BT, scores_BATT.dtype)).softmax(-1)
 
 
 def attention_divergence(map_BATT: Tensor, teacher_map_BATT: Tensor, mask_BT: Tensor) -> Tensor:
-    """Return KL(teacher's attention || student's), mean over heads, sum over real tokens.
+    """Return the KL divergence of student from teacher attention maps, summed over tokens.
 
-    ``sum_n mean_a sum_m P_a(n, m) log (P_a(n, m) / S_a(n, m))`` for real tokens n and m, the
-    teacher's map P_a and the student's map S_a of head a.
+    ``sum_n mean_a sum_m P_a(n, m) log (P_a(n, m) / S_a(n, m))`` over real tokens n and m. P_a is
+    the teacher's map of head a, S_a the student's.
 
     Args:
         map_BATT: attention maps of the student, shape (B, A, T, T), 0 where m is padding.
@@ -77,9 +79,8 @@ def attention_divergence(map_BATT: Tensor, teacher_map_BATT: Tensor, mask_BT: Te
         mask_BT: True on real tokens.
 
     Returns:
-        A float32 scalar. In training, the divergence is computed in the precision of the maps (the
-        error in bfloat16 is about 4e-4 a token); without a gradient, as on held-out rows, in
-        float32.
+        A float32 scalar. With gradients, it is computed in the precision of the maps (in bfloat16
+        the error is about 4e-4 per token); without gradients, in float32.
 
     Raises:
         ValueError: the shapes differ.
@@ -92,7 +93,10 @@ def attention_divergence(map_BATT: Tensor, teacher_map_BATT: Tensor, mask_BT: Te
 
 
 class _Divergence(torch.autograd.Function):
-    """KL divergence in few passes over large maps, in the maps' precision; 4 x autograd's speed."""
+    """KL divergence of attention maps, with a backward pass 4 times as fast as autograd's.
+
+    It makes fewer passes over the large maps, in the maps' precision.
+    """
 
     LEAST = 1e-30  # in place of 0, which has no logarithm
 
@@ -112,17 +116,18 @@ class _Divergence(torch.autograd.Function):
 
 
 def contextual_share(mse: float, mse_context_free: float, mse_teacher: float = 0.0) -> float:
-    """Return the share of a teacher layer's dependence on context that the student has learned.
+    """Return how much of a teacher layer's context dependence the student has learned, 0 to 1.
 
     ``1 - (mse - mse_teacher) / (mse_context_free - mse_teacher)``. 0: the student predicts the
-    states no better than a look-up table of words does. 1: as well as the teacher. Negative: worse
-    than the table.
+    layer's hidden states only as well as token embeddings do, which know no context. 1: as well as
+    the teacher itself. Below 0: worse than token embeddings.
 
     Args:
-        mse: mean squared error of predicting the layer's states from the student's, linearly.
-        mse_context_free: error of the best linear map from the teacher's embedding output.
-        mse_teacher: error of the map from the layer's states to themselves; above 0 if that map is
-            regularised.
+        mse: mean squared error of the best linear map from the student's hidden states to the
+            layer's.
+        mse_context_free: the same error for a map from the teacher's embedding output.
+        mse_teacher: the same error for a map from the layer's hidden states to themselves; above 0
+            if that map is regularised.
     """
     span = mse_context_free - mse_teacher
     return 1.0 - (mse - mse_teacher) / span if span > 0 else 0.0
@@ -135,18 +140,18 @@ def ridge_map(
     prior_DH: Tensor | None = None,
     has_constant: bool = True,
 ) -> Tensor:
-    """Return the linear map, with a constant, that best predicts targets from inputs.
+    """Return the ridge regression, with a constant, of targets on inputs.
 
-    ``argmin_W |[X 1] W - Y|^2 + strength * N * tr(cov X) / D * |W - P|^2`` for inputs X and targets
-    Y. The constant, the last row of W, is not shrunk.
+    ``argmin_W |[X 1] W - Y|^2 + strength * N * tr(cov X) / D * |W - P|^2`` for inputs X, targets Y
+    and a prior P. The last row of W is the constant, which is not regularised.
 
     Args:
         inputs_ND: X, shape (N, D).
         targets_NH: Y, shape (N, H).
-        strength: weight of the shrinkage, relative to the mean variance of the inputs.
-        prior_DH: P, what the map is shrunk to, shape (D, H); None: 0.
-        has_constant: whether the map has a constant; if not, the last row of W is 0, and the
-            variance of X is taken around 0.
+        strength: weight of the penalty, relative to the mean variance of the inputs.
+        prior_DH: P, shape (D, H): the map that the penalty pulls W towards; None: 0.
+        has_constant: whether to fit a constant. If not, the last row of W is 0, and the second
+            moment of X replaces cov X.
 
     Returns:
         W, shape (D + 1, H), in float64.

@@ -18,7 +18,7 @@ TOKEN_STRENGTH = 1e-2
 
 
 class TermErrors(Metric):
-    """Mean and number of the errors of each term of the loss, over all batches and ranks."""
+    """Metric: mean and number of the errors of each loss term, over all batches and ranks."""
 
     full_state_update = False
 
@@ -31,24 +31,24 @@ class TermErrors(Metric):
         self.add_state("counts", torch.zeros(num_terms, dtype=torch.float64), dist_reduce_fx="sum")
 
     def update(self, sums: Tensor, counts: Tensor) -> None:
-        """Add a batch: the sum of each term's errors and their number, both of shape (terms,)."""
+        """Add a batch's sum and number of errors of each loss term, both of shape (terms,)."""
         # Not in place: Trainer.validate leaves inference tensors, which a fit may not change.
         self.sums = self.sums + sums.detach()
         self.counts = self.counts + counts
 
     def compute(self) -> Tensor:
-        """Return each term's mean error (0 if there are none) and number of errors, (2, terms)."""
+        """Return each loss term's mean error (0 if none) and number of errors, (2, terms)."""
         return torch.stack([self.sums / self.counts.clamp_min(1), self.counts])
 
 
 class RidgeProbe(Metric):
-    """Error of the best linear map from a student's hidden states to its teacher's.
+    """Metric: error of the best linear map from a student's hidden states to its teacher's.
 
-    The map is fitted on every other batch and measured on the others; the first batch is cut in
-    two, so one batch is enough. Let X, (n, D + 1), hold the student's states and a last column of
-    1, and Y, (n, H), the teacher's. The map is ``W = argmin |X W - Y|^2 + strength * mean diagonal
-    of X'X * |W|^2`` on the first half of the rows, and the error is ``MSE = (tr Y'Y - 2 tr W'X'Y +
-    tr W'X'X W) / (n H)`` on the second. So only sums of products are stored.
+    The map is fitted on every second batch, and its error is measured on the other batches. The
+    first batch is used for both, one half for each. X, (n, D + 1), holds the student's states and a
+    last column of ones; Y, (n, H), the teacher's. The map is ``W = argmin |X W - Y|^2 + strength *
+    mean diagonal of X'X * |W|^2``. Its error is ``MSE = (tr Y'Y - 2 tr W'X'Y + tr W'X'X W) / (n
+    H)``. So the metric only needs to store X'X, X'Y and tr Y'Y.
 
     Args:
         num_inputs: D, the student's width.
@@ -101,12 +101,15 @@ class RidgeProbe(Metric):
                 self.yy[half] += targets.square().sum(0)
 
     def reset(self) -> None:
-        """Discard all batches."""
+        """Discard the batches added so far."""
         super().reset()
         self.num_batches = 0
 
     def compute(self) -> tuple[Tensor, Tensor]:
-        """Return the map's mean squared error and the targets' variance, on the second half."""
+        """Return the mean squared error of the fitted map and the variance of the targets.
+
+        Both are measured on the batches that the map was not fitted on.
+        """
         gram = self.xx[0].clone()
         count = self.xx[1, -1, -1].clamp_min(1)
         ridge = self.strength * gram.diagonal()[:-1].mean().clamp_min(1e-9)
@@ -128,10 +131,11 @@ def sentence_agreement(student_NS: Tensor, teacher_NH: Tensor) -> dict[str, floa
         teacher_NH: the teacher's vectors of the same rows, shape (N, H).
 
     Returns:
-        ``vector_cosine``: mean cosine between the teacher's vectors and the student's after a
-        linear map, which is fitted on one half of the rows and measured on the other.
-        ``similarity_order``: Spearman correlation between the cosine similarities of all pairs of
-        rows by the student and by the teacher; 1 if both rank all pairs alike, as STS asks for.
+        ``vector_cosine``: mean cosine between the teacher's vectors and linearly mapped student
+        vectors. The map is fitted on one half of the rows, the cosine is measured on the other.
+        ``similarity_order``: the cosine similarity of each pair of rows is computed with the
+        student's and with the teacher's vectors; this is the Spearman correlation of the two, as in
+        STS. 1 if both rank all pairs alike.
     """
     middle = len(student_NS) // 2
     weights = ridge_map(student_NS[:middle], teacher_NH[:middle], strength=1e-2).float()
@@ -147,10 +151,11 @@ def sentence_agreement(student_NS: Tensor, teacher_NH: Tensor) -> dict[str, floa
 
 
 def too_long(history: Sequence[dict[str, Any]]) -> str:
-    """Return a remark if the last held-out loss is over 1 % above the best epoch's, else ``""``.
+    """Return a warning text if the last held-out loss is over 1 % above the lowest, else ``""``.
 
     Args:
-        history: ``epoch`` (from 0) and held-out ``loss`` of each epoch, in order.
+        history: one dictionary per epoch, in order, with ``epoch`` (from 0) and the held-out
+            ``loss``.
     """
     best = min(history, key=lambda row: row["loss"])
     if best["loss"] > (1 - TOO_LONG) * history[-1]["loss"]:

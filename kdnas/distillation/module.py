@@ -64,23 +64,24 @@ DEFAULT_OBJECTIVE = WeightedSum([HiddenStates(LastLayer()), PairComparison()], [
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a student is distilled; the same for mini-KD, full KD and ``kdnas fit``.
+    """How a student is distilled: loss, initial weights and optimizer settings.
 
     Args:
-        objective: the loss: what the student learns from its teacher.
-        start: how the student's weights are initialised.
-        learning_rate: AdamW's peak learning rate for new parameters.
-        copied_learning_rate: AdamW's peak learning rate for parameters copied from the teacher,
-            which a high rate would destroy.
+        objective: the loss between student and teacher.
+        start: how the student's weights are initialised from the teacher's.
+        learning_rate: AdamW's peak learning rate for parameters that are not copied from the
+            teacher.
+        copied_learning_rate: AdamW's peak learning rate for parameters copied from the teacher; a
+            high rate would undo the copy.
         matrix_learning_rate: Muon's peak learning rate for the matrices in the student's layers;
             null: AdamW trains them too.
         copied_matrix_learning_rate: Muon's peak learning rate for matrices copied from the teacher.
-        weight_decay: weight decay of matrices; on a CPU not of the word embeddings.
-        warmup_share: share of the steps in which the rate rises; it falls linearly to 0 in the
-            rest.
-        constant_rate: no warm-up and no decay, as in the original KD-NAS.
-        dropout: train the student with its dropout (small students underfit anyway; off by
-            default).
+        weight_decay: weight decay of all matrices; on a CPU, word embeddings have none.
+        warmup_share: share of the steps with a rising learning rate; after them it falls linearly
+            to 0.
+        constant_rate: keep the learning rate constant, as in the original KD-NAS.
+        dropout: train the student with dropout; off by default, because small students underfit
+            anyway.
 
     Raises:
         UserError: a value is out of its range.
@@ -103,7 +104,7 @@ class Recipe:
         }
         for name, rate in rates.items():
             if rate is not None and not 0 < rate < math.inf:
-                raise UserError(f"{name} is {rate}: give a rate above 0, such as 1e-3.")
+                raise UserError(f"{name} is {rate}: give a learning rate above 0, such as 1e-3.")
         if not 0 <= self.weight_decay < math.inf:
             raise UserError(
                 f"weight_decay is {self.weight_decay}: give a number of at least 0, such as 0.01."
@@ -116,34 +117,34 @@ class Recipe:
 
 @cache
 def _on_device(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return the values as a cached tensor on the device; do not change the tensor."""
+    """Return the values as a tensor on the device; it is cached, so do not change it in place."""
     with torch.inference_mode(False):  # a cached inference tensor could not enter autograd later
         return torch.tensor(values, dtype=dtype, device=device)
 
 
 def calibration_rows(data: KDDataModule) -> CalibrationRows:
-    """Return training rows of the data's split to initialise students on, the same on all ranks."""
+    """Return a sample of the training rows for initialising students, the same on all ranks."""
     return CalibrationRows(sample_batches(data, data.train_ids(), CALIBRATION_TOKENS))
 
 
 class HiddenStateDistillModule(ClipFusedGradients):
     """Lightning module that trains a student on its teacher's hidden states of masked inputs.
 
-    ``loss = sum_k w_k e_k / s_k`` over the objective's terms k, with mean error e_k, weight w_k,
-    and s_k the variance of the term's teacher layer if the term is scaled, else 1. The held-out
-    loss, from which a search computes the reward of a student, is the weighted mean of the terms by
-    which students can be ranked (``Term.compares``), or of all terms if no term is such.
+    ``loss = sum_k w_k e_k / s_k`` over the terms k of the recipe's loss. e_k is the mean error of
+    term k and w_k its weight. s_k is the variance of the term's teacher layer if ``Term.scaled``,
+    else 1. The held-out loss, which a search uses to rank students, is the weighted mean of the
+    terms with ``Term.compares``; if no term has it, of all terms.
 
     The teacher is not a submodule, so ``parameters()``, checkpoints and DDP do not include it.
-    ``setup`` sets ``self.states``, which maps a batch to the teacher's states, unless it is set
-    already: a search sets ``self.states`` once for all its students. The search also sets
-    ``self.calibration``, the rows on which the students are initialised.
+    ``setup`` opens ``self.states``, the teacher's stored hidden states. A search sets
+    ``self.states`` itself, once for all its students, and also ``self.calibration``, the training
+    rows used to initialise students.
 
     Args:
-        teacher: a folder, a hub name or ``quickstart``.
+        teacher: a model folder, a Hugging Face name or ``quickstart``.
         arch: shape of the student.
-        recipe: how the student is distilled.
-        states: where the teacher's states are stored.
+        recipe: loss, initial weights and optimizer settings.
+        states: where and how the teacher's hidden states are stored.
     """
 
     def __init__(
@@ -181,7 +182,7 @@ class HiddenStateDistillModule(ClipFusedGradients):
         self._has_bar = False  # each number in a progress bar waits for the device
 
     def describe(self) -> str:
-        """Return Markdown: the student's sizes beside the teacher's, and the terms of its loss."""
+        """Return Markdown: a table of student and teacher sizes, and the terms of the loss."""
         teacher, student = arch_of(self._teacher.config).to_dict(), self.arch.to_dict()
         teacher["parameters"] = f"{num_parameters(self._teacher.model):,}"
         student["parameters"] = f"{num_parameters(self.student):,}"
@@ -198,7 +199,7 @@ class HiddenStateDistillModule(ClipFusedGradients):
         )
 
     def configure_callbacks(self) -> list[pl.Callback]:
-        """Return the callback that logs learning rate and speed in every kind of distillation."""
+        """Return a ``StudentCurves`` callback, which logs the learning rate and the speed."""
         return [StudentCurves()]
 
     def setup(self, stage: str | None = None) -> None:
@@ -206,7 +207,8 @@ class HiddenStateDistillModule(ClipFusedGradients):
         data = getattr(self.trainer, "datamodule", None)
         if not isinstance(data, KDDataModule):
             raise UserError(
-                "HiddenStateDistillModule needs a KDDataModule: give the Trainer datamodule=."
+                "HiddenStateDistillModule needs a KDDataModule: call trainer.fit(module, "
+                "datamodule=KDDataModule(...))."
             )
         if data.teacher != self._teacher.name:
             refuse_other_inputs(find_teacher(data.teacher), self._teacher)
@@ -231,7 +233,7 @@ class HiddenStateDistillModule(ClipFusedGradients):
 
     @torch.no_grad()
     def begin(self, data: KDDataModule) -> None:
-        """Initialise the student from the teacher, and the criterion from both, if not yet done."""
+        """Initialise the student, then the parameters of the loss; a second call does nothing."""
         if self.started is not None:
             return
         release_memory()  # memory that reading the text has left allocated
@@ -247,7 +249,7 @@ class HiddenStateDistillModule(ClipFusedGradients):
         release_memory()
 
     def save_student(self, folder: Path) -> None:
-        """Save the student and the teacher's tokenizer; the config records the teacher's hash."""
+        """Save the student with the teacher's tokenizer; its config gets the teacher's hash."""
         self.student.config.teacher_sha256 = self._teacher.sha256()
         self.student.save_pretrained(folder)
         self._teacher.tokenizer.save_pretrained(folder)
@@ -257,7 +259,7 @@ class HiddenStateDistillModule(ClipFusedGradients):
         self.student.train(self.recipe.dropout)
 
     def views(self, batch: Batch) -> tuple[View, View]:
-        """Run the student on a batch; return a view of its states and one of the teacher's."""
+        """Run both models on a batch; return a ``View`` (hidden states, attention) of each."""
         assert self.states is not None, "setup() sets it"
         # In train mode the attention maps would have dropout.
         is_eager = self.student.config._attn_implementation == "eager"
@@ -269,7 +271,7 @@ class HiddenStateDistillModule(ClipFusedGradients):
         return student, View(self._teacher.model, batch, real=real)
 
     def forward(self, student: View, teacher: View) -> tuple[Tensor, Tensor]:
-        """Return the sum of each term's errors and their number, both of shape (terms,)."""
+        """Return each loss term's sum of errors and number of errors, both of shape (terms,)."""
         errors, counts = zip(*self.criterion(student, teacher), strict=True)
         sums = torch.stack(errors)
         # Filled on the device: copying a tensor of the list there would wait for the device.
@@ -320,22 +322,22 @@ class HiddenStateDistillModule(ClipFusedGradients):
         self.log_dict(named, sync_dist=True)
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> tuple[list[str], Tensor]:
-        """Return texts and their sentence vectors, (B, H): means of the last layer's states."""
+        """Return texts and sentence vectors, (B, H): means of the last layer's hidden states."""
         states = dict(enumerate(encode(self.student, batch).hidden_states or (), -1))
         view = View(self.student, cast(Batch, batch), states)
         return batch["texts"], view.pooled(view.mask_BT)
 
     def _held_out_metrics(self) -> tuple[dict[str, float], dict[str, float]]:
-        """Return the student's held-out metrics, and metrics of each term and teacher layer."""
+        """Return held-out metrics: of the student as a whole, and of each loss term and layer."""
         means, counts = self.val_errors.compute().cpu()
         if not torch.isfinite(means).all():
             raise CandidateFailed(
-                f"the held-out error is {float(means.mean())} after epoch {self.current_epoch}"
+                f"the held-out loss is {float(means.mean())} after epoch {self.current_epoch}"
             )
         if not counts.any():
             raise UserError(
-                "The held-out rows give the objective nothing to compare: "
-                "give more text, or longer rows."
+                "No held-out row gives the loss anything to compare, such as pairs for a pair "
+                "loss: give more text, or longer rows."
             )
         metrics = {"loss": self._held_out_loss(means, counts), **self._probe_metrics()}
         for metric in (self.val_errors, self.token_probe, self.sentence_probe):
@@ -361,7 +363,7 @@ class HiddenStateDistillModule(ClipFusedGradients):
         return {"contextual_share": share, "sentence_r2": r2}
 
     def _term_metrics(self, means: list[float]) -> dict[str, float]:
-        """Return each term's mean error, and metrics of the lowest one on each teacher layer."""
+        """Return metrics: each loss term's mean error, and each teacher layer's lowest error."""
         metrics = {}
         best: dict[int, float] = {}
         for term, mean in zip(self.terms, means, strict=True):
@@ -377,15 +379,14 @@ class HiddenStateDistillModule(ClipFusedGradients):
         return metrics
 
     def stats(self, layer: int) -> LayerStats:
-        """Return the reference values, such as the variance, for errors on a teacher layer."""
+        """Return a teacher layer's variance and the other reference values for errors on it."""
         assert self.states is not None, "setup() sets it"
         return self.states.stats[layer]
 
     def _weights(self, scale: str) -> Tensor:
-        """Return the terms' weights in the loss, (terms,).
+        """Return the loss terms' weights, (terms,), divided by a variance if ``Term.scaled``.
 
-        A scaled term's weight is divided by a variance of its layer: the field ``scale`` of the
-        layer's ``LayerStats``.
+        ``scale`` names the field of ``LayerStats`` that holds the variance of the term's layer.
         """
         weights = tuple(
             term.weight / getattr(self.stats(term.layer), scale)
@@ -431,8 +432,9 @@ class HiddenStateDistillModule(ClipFusedGradients):
 
         if self.trainer.estimated_stepping_batches == math.inf:
             raise UserError(
-                "The training has no last step, at which the learning rate is to reach 0: give "
-                "trainer.max_epochs or trainer.max_steps, or set recipe.constant_rate."
+                "The number of training steps is unlimited, so the learning rate cannot fall to 0 "
+                "at the end: give trainer.max_epochs or trainer.max_steps, or set "
+                "recipe.constant_rate."
             )
         num_steps = max(1, int(self.trainer.estimated_stepping_batches))
         num_warmup = max(1, round(recipe.warmup_share * num_steps))
@@ -458,8 +460,8 @@ class HiddenStateDistillModule(ClipFusedGradients):
         if differing or "history" not in checkpoint:
             what = f": {differing[0]!r} and {len(differing) - 1} more differ" if differing else ""
             raise UserError(
-                f"The checkpoint is of another student or objective{what}. "
-                "Give that student and objective, or another checkpoint."
+                f"The checkpoint does not fit this student and loss{what}. Use the student and the "
+                "objective that it was saved with, or another checkpoint."
             )
         self.history = list(checkpoint["history"])
         if checkpoint["copied"] is not None:

@@ -30,18 +30,18 @@ ROUNDS = 2
 
 
 def start_embeddings(student: PreTrainedModel, teacher: PreTrainedModel, basis_TS: Tensor) -> None:
-    """Initialise a student's embeddings: their output is nearly the teacher's times ``basis_TS``.
+    """Initialise a student's embeddings so that their output is nearly the teacher's times a basis.
 
-    Layer norm is gamma * centred(x) / std(x) + beta. The teacher's gamma and centring are linear,
-    so they go into the student's embedding tables. The student's gamma is then the same number in
-    all dimensions: the mean ratio of the std of a word in the student's table to that in the
-    teacher's. If a linear map follows the tables (ALBERT, ELECTRA), tables are copied and the map
-    is projected. If student and teacher have the same width, all is copied.
+    A layer norm is gamma * centred(x) / std(x) + beta. The teacher's gamma and centring are linear,
+    so they are multiplied into the student's embedding tables. The student's gamma is the same
+    number in all dimensions: the mean ratio of a word's std in the student's table to its std in
+    the teacher's. If a linear map follows the tables (ALBERT, ELECTRA), the tables are copied and
+    this map is projected. If student and teacher have the same width, everything is copied.
 
     Args:
         student: the student, changed in place.
         teacher: the teacher, of the same family.
-        basis_TS: the projection from the teacher's stream to the student's, (H_t, H_s).
+        basis_TS: the basis (H_t, H_s): projects the teacher's hidden states to the student's width.
     """
     ours: Any = student.embeddings
     theirs: Any = teacher.embeddings
@@ -75,11 +75,11 @@ def start_embeddings(student: PreTrainedModel, teacher: PreTrainedModel, basis_T
 
 
 def copied_tables(student: PreTrainedModel) -> frozenset[str]:
-    """Return the names of embedding parameters that are trained as copies of the teacher's.
+    """Return the names of the student's embedding parameters to train at the rates of copies.
 
-    These are the parameters of embeddings with a linear map behind the tables. Without that map,
-    embeddings may be copies too, but the layers behind them are not. So such embeddings are trained
-    like new parameters (LOG.md).
+    These are the embedding parameters of models with a linear map after the embedding tables
+    (ALBERT, ELECTRA). Other embeddings train like new parameters even if they are copies, because
+    the layers after them are not copies (LOG.md).
     """
     if embedding_mapping(student) is None:
         return frozenset()
@@ -92,18 +92,19 @@ def narrow(
 ) -> tuple[tuple[int, ...], ...]:
     """Initialise a student's embeddings and layers from its teacher's, by least squares.
 
-    A student layer is made from one teacher layer (``kept_layers``). It replaces a group of teacher
-    layers: that one and the layers behind it that are left out. Let x be the teacher's stream, and
-    B (H_t, H_s) the principal components of x after the embeddings and after each group, rotated to
-    be free of the mean that a layer norm removes. The student's stream z is to be ``B^T x``.
+    Each student layer is made from one teacher layer, chosen by ``kept_layers``. It replaces that
+    teacher layer and the left-out layers that follow it. Let x be the teacher's hidden states. B,
+    (H_t, H_s), holds the principal components of x after the embeddings and after each replaced
+    group of layers, rotated so that a layer norm, which removes the mean, loses nothing. The
+    student's hidden states z shall equal ``B^T x``.
 
-    Student layers are fitted in order. A layer's query, key and value maps are the ridge regression
-    on z of the queries, keys and values of the kept teacher heads: those that change x most. The
-    output maps, of attention and of the feed-forward part, are the ridge regression of ``sigma B^T
-    norm(x) - z``, where sigma is the standard deviation that the teacher's layer norm divides by.
-    The layer norms get a scale and a shift for each dimension. The output map of the feed-forward
-    part is fitted to x after the group, and so replaces the left-out layers as far as a linear map
-    can. Families other than BERT differ in some steps (``_STEPS``).
+    Student layers are fitted in order. The query, key and value maps are the ridge regression on z
+    of the teacher's queries, keys and values, for the teacher heads that change x most. The output
+    maps of attention and of the feed-forward part are the ridge regression of ``sigma B^T norm(x) -
+    z``, where sigma is the standard deviation in the teacher's layer norm. Layer norms get a scale
+    and a shift for each dimension. The feed-forward output map is fitted to x after the replaced
+    group, so it also replaces the left-out layers as far as a linear map can. Families other than
+    BERT differ in some steps (``_STEPS``).
 
     If the student is as wide as its teacher, B is the identity, the kept heads and neurons are
     copied, and least squares correct each copied map.
@@ -111,14 +112,14 @@ def narrow(
     Args:
         student: the student, changed in place.
         teacher: the teacher, of the same family.
-        rows: calibration rows; 20,000 tokens are enough for a student of width 192, and three
-            times as many are a little better (LOG.md).
+        rows: batches of training rows for the least squares; 20,000 tokens are enough for a student
+            of width 192, and 60,000 are a little better (LOG.md).
 
     Returns:
-        For each student layer, the teacher's heads that its heads were made from.
+        For each student layer, the numbers of the teacher heads that its heads were made from.
 
-    Source: PCA of the stream is from SliceGPT (Ashkboos et al. 2024); the other choices are
-        measured in ``LOG.md``.
+    Source: SliceGPT (Ashkboos et al. 2024) for the PCA of hidden states; the other choices were
+        measured (LOG.md).
     """
     is_as_wide = student.config.hidden_size == teacher.config.hidden_size
     narrower, as_wide = _STEPS.get(teacher.config.model_type, (_Narrowing, _SameWidth))
@@ -127,13 +128,14 @@ def narrow(
 
 @dataclass(frozen=True)
 class TeacherStream:
-    """A teacher's hidden states on the calibration rows, shared by all of its students.
+    """A teacher's hidden states on N tokens of training rows, used to initialise all its students.
 
     Args:
         states: layer -> hidden states after that layer, (N, H_t), in float16; -1: the embedding
             output, in float32.
-        scales: for each norm that ends a layer, the standard deviation that it divides by, (N, 1).
-        is_raw: whether the states are taken before a norm (pre-norm families).
+        scales: for each layer norm that ends a layer, the standard deviation that it divides by,
+            (N, 1).
+        is_raw: whether the states are taken before a norm, as in pre-norm models.
     """
 
     states: dict[int, Tensor]
@@ -142,10 +144,10 @@ class TeacherStream:
     _covariances: dict[int, Tensor] = field(default_factory=dict)
 
     def covariance(self, layer: int) -> Tensor:
-        """Return the covariance of the states after a layer, scaled to trace 1, (H_t, H_t).
+        """Return the covariance of the hidden states after a layer, scaled to trace 1, (H_t, H_t).
 
-        For raw states (``is_raw``) it is the second moment of the normed states. The mean is not
-        subtracted, because the maps behind the norm have no bias that could restore the mean.
+        In pre-norm models (``is_raw``), the states are layer-normed first, and their mean is not
+        subtracted: the linear maps after the norm have no bias that could restore the mean.
         """
         if layer not in self._covariances:
             states = self.states[layer].float()
@@ -159,7 +161,7 @@ class TeacherStream:
 
     @classmethod
     def of(cls, teacher: PreTrainedModel, rows: Sequence[Batch]) -> "TeacherStream":
-        """Compute the teacher's stream by one pass over the calibration rows."""
+        """Collect a teacher's hidden states and norm scales in one pass over the rows."""
         _, embedded = _embedded(teacher, rows)
         norms = _last_norms(teacher)
         num_layers, is_raw = teacher.config.num_hidden_layers, family_of(teacher.config).norm_first
@@ -191,7 +193,7 @@ class TeacherStream:
 
 
 def _last_norms(teacher: Any) -> list[nn.Module]:
-    """Return the norm that ends each layer; for pre-norm families, only the final norm."""
+    """Return the norm that ends each teacher layer; in pre-norm models, only the final norm."""
     family = family_of(teacher.config)
     if family.norm_first:
         return [teacher.final_norm]
@@ -202,21 +204,24 @@ def _last_norms(teacher: Any) -> list[nn.Module]:
 
 
 class CalibrationRows(list[Batch]):
-    """Calibration rows that cache a teacher's hidden states, which all its students share."""
+    """A list of batches, with a cache of a teacher's hidden states on them.
+
+    All students of a search are initialised on the same rows.
+    """
 
     def __init__(self, rows: Iterable[Batch]) -> None:
         super().__init__(rows)
         self._last: tuple[PreTrainedModel, TeacherStream] | None = None
 
     def stream(self, teacher: PreTrainedModel) -> TeacherStream:
-        """Return the teacher's stream, computed once; the teacher must not change afterwards."""
+        """Return the teacher's hidden states on these rows, computed on the first call."""
         if self._last is None or self._last[0] is not teacher:
             self._last = teacher, TeacherStream.of(teacher, self)
         return self._last[1]
 
 
 def _embedded(model: PreTrainedModel, rows: Sequence[Batch]) -> tuple[Tensor, Tensor]:
-    """Return the inputs of the embeddings' layer norm and the embedding outputs, flat (N, ...)."""
+    """Run the embeddings on all rows; return inputs of their layer norm and outputs, (N, width)."""
     before: list[Tensor] = []
     with embedding_norm(model).register_forward_hook(
         lambda module, inputs, output: before.append(inputs[0])
@@ -230,7 +235,7 @@ def _embedded(model: PreTrainedModel, rows: Sequence[Batch]) -> tuple[Tensor, Te
 
 
 class _LayerRun(NamedTuple):
-    """Outputs of the parts of a teacher layer on the calibration rows, flat (N, ...)."""
+    """Intermediate results of one teacher layer on the calibration rows: a tensor (N, ...) each."""
 
     query: Tensor
     key: Tensor
@@ -242,7 +247,10 @@ class _LayerRun(NamedTuple):
 
 
 class _Narrowing:
-    """The steps of ``narrow`` for a student that is narrower than its teacher."""
+    """Steps to initialise a student that is narrower than its teacher, by least squares.
+
+    ``z`` is the student's hidden states, (tokens, width).
+    """
 
     adds = False  # whether least squares correct the map that is there, or replace it
 
@@ -275,18 +283,21 @@ class _Narrowing:
         return tuple(map(tuple, heads))
 
     def _kept(self) -> list[int]:
-        """Return the teacher layers from which the student's layers are made."""
+        """Return the numbers of the teacher layers from which the student's layers are made."""
         return kept_layers(len(self.layers), len(self.sources))
 
     def _layers(
         self, sources: list[int], ends: list[int], heads: list[list[int]], z: Tensor
     ) -> None:
-        """Fit the student's layers, in order, from the embedding output z."""
+        """Fit the student's layers, first to last; z: its embedding output, (tokens, width)."""
         for number, (source, end) in enumerate(zip(sources, ends, strict=True)):
             z = self._layer(number, source, end, heads[number], z)
 
     def _basis(self, layers: list[int]) -> Tensor:
-        """Return the stream's principal components (H_t, H_s), all these layers weighted alike."""
+        """Return the first H_s principal components of the hidden states after these layers.
+
+        All layers have the same weight. The shape is (teacher's width, student's width H_s).
+        """
         width = self.ours.hidden_size
         total = torch.stack([self.stream.covariance(layer) for layer in layers]).sum(0)
         components = torch.linalg.eigh(total)[1][:, 1 - width :].float()
@@ -299,7 +310,7 @@ class _Narrowing:
         return components @ beside_mean.to(components.device).T
 
     def _embeddings(self) -> Tensor:
-        """Fit the student's embeddings, and return their output, (N, H_s)."""
+        """Initialise the student's embeddings, and return their output, (tokens, width)."""
         start_embeddings(self.student, self.teacher, self.basis)
         before, z = _embedded(self.student, self.rows)
         if embedding_mapping(self.student) is not None:
@@ -308,27 +319,27 @@ class _Narrowing:
         return _fit_norm(embedding_norm(self.student), before, target)
 
     def _heads(self, sources: list[int]) -> list[list[int]]:
-        """Return for each source the heads that change the stream most, in ascending order."""
+        """Return for each teacher layer the heads that change the hidden states most, ascending."""
         importance = self._importance(sources)
         most = importance.topk(self.ours.num_attention_heads, dim=1).indices
         return most.sort(dim=1).values.tolist()
 
     def _importance(self, sources: list[int]) -> Tensor:
-        """Return how much the values of each teacher head change the stream, (L_s, A_t)."""
+        """Return how much each head of these teacher layers changes the hidden states, (L, A)."""
         return torch.stack([self._moved(source) for source in sources])
 
     def _shared(self, heads: list[list[int]]) -> None:
-        """Fit parameters that all layers share; by default there are none."""
+        """Fit parameters that all layers of a model share; most families have none."""
 
     def _layer(self, number: int, source: int, end: int, heads: list[int], z: Tensor) -> Tensor:
-        """Fit one student layer, and return the student's stream after it.
+        """Fit one student layer, and return the student's hidden states after it, (tokens, width).
 
         Args:
             number: number of the student layer.
-            source: the teacher layer from which the student layer is made.
-            end: the teacher layer to whose output the student layer's output is fitted.
-            heads: the heads of ``source`` to keep.
-            z: the student's stream before the layer.
+            source: number of the teacher layer from which the student layer is made.
+            end: number of the teacher layer whose output the student layer's output should match.
+            heads: numbers of the heads of ``source`` to keep.
+            z: the student's hidden states before the layer, (tokens, width).
         """
         layer = self.layers[number]
         names, part = self.names, layer.get_submodule
@@ -347,7 +358,7 @@ class _Narrowing:
         return self._settle(norm, z, target)
 
     def _attention(self, number: int, source: int, heads: list[int], z: Tensor) -> Tensor:
-        """Fit a student layer's attention, and return the student's stream after its norm."""
+        """Fit a student layer's attention and its norm; return their output, (tokens, width)."""
         layer = self.layers[number]
         norm = layer.get_submodule(self.names.attention_norm)
         queries, keys, values = self._cut(source, heads)
@@ -363,7 +374,7 @@ class _Narrowing:
         return self._settle(norm, z, target)
 
     def _prepare(self, layer: nn.Module, source: int, heads: list[int], neurons: Tensor) -> None:
-        """Set key maps to 0: dimensions beyond the teacher's head size must not change scores."""
+        """Set key maps to 0, so that unused head dimensions do not change attention scores."""
         for linear in self._score_maps(layer, "key"):
             linear.weight.zero_()
             if linear.bias is not None:
@@ -373,47 +384,53 @@ class _Narrowing:
         return fit_linear(linear, inputs, targets, num_heads, adds=self.adds)
 
     def _fit_heads(self, layer: nn.Module, part: str, inputs: Tensor, targets: Tensor) -> Tensor:
-        """Fit a layer's query, key or value map to targets, and return its output."""
+        """Fit a layer's query, key or value map (``part``) to targets; return its output."""
         linear = _Linear(*attention_part(self.family, layer, part))
         return self._fit(linear, inputs, targets, self.ours.num_attention_heads)
 
     def _score_maps(self, layer: Any, part: str) -> list[Any]:
-        """Return the linear maps of a layer that make its queries or keys (``part``)."""
+        """Return the linear maps of a layer that compute its queries or keys (``part``)."""
         return [_Linear(*attention_part(self.family, layer, part))]
 
     def _fit_scores(self, layer: Any, part: str, inputs: Tensor, targets: Tensor) -> Tensor:
-        """Fit a layer's query or key maps to targets, and return the tokens' queries or keys."""
+        """Fit a layer's query or key maps (``part``) to targets; return their output for tokens."""
         return self._fit_heads(layer, part, inputs, targets)
 
     # Pre-norm families (norms before the parts of a layer) override the next methods.
 
     def _read(self, norm: Any, z: Tensor) -> Tensor:
-        """Return the input of a part of a layer: the stream, normed in pre-norm families."""
+        """Return the input of attention or feed-forward: z, after the norm in pre-norm families."""
         return z
 
     def _settled(self, norm: Any, before: Tensor) -> Tensor:
-        """Return the teacher's stream after a part: normed, except in pre-norm families."""
+        """Return the teacher's states after a sublayer: after its norm, in post-norm families."""
         return norm(before)
 
     def _settle(self, norm: Any, z: Tensor, target: Tensor) -> Tensor:
-        """Fit the norm after a part to the target, and return the student's stream after it."""
+        """Fit the norm after attention or feed-forward to a target; return its output.
+
+        Pre-norm families have no norm there and return z.
+        """
         return _fit_norm(norm, z, target)
 
     def _outputs(self, neurons: Tensor) -> Tensor:
-        """Return the numbers of the intermediate map's outputs that belong to these neurons."""
+        """Return the indices of these neurons in the output of the intermediate linear map."""
         return neurons
 
     def _activate(self, inner: Tensor, hidden_act: str) -> Tensor:
         return ACT2FN[hidden_act](inner)
 
     def _attention_goal(self, source: int) -> tuple[Tensor, Tensor]:
-        """Return the targets for the output and the input of the student's attention norm."""
+        """Return least-squares targets for a student layer's attention norm: output and input."""
         run = self._run(source)
         scale = run.before_attention_norm.std(-1, correction=0, keepdim=True)
         return self._goal(self._part(source, self.names.attention_norm), run.attention, scale)
 
     def _output_goal(self, end: int) -> tuple[Tensor, Tensor]:
-        """Return the targets for the output and the input of the norm that ends the layer."""
+        """Return least-squares targets for a student layer's last norm: output and input.
+
+        They are computed from the teacher's hidden states after layer ``end``.
+        """
         after = self.stream.states[end].float()
         return self._goal(_last_norms(self.teacher)[end], after, self.stream.scales[end])
 
@@ -427,7 +444,7 @@ class _Narrowing:
         return self.sources[source].get_submodule(name)
 
     def _run(self, source: int) -> _LayerRun:
-        """Run a teacher layer on the teacher's own stream; the last result is cached."""
+        """Run one teacher layer on the teacher's own hidden states; the last result is cached."""
         if self._last_run is None or self._last_run[0] != source:
             self._last_run = None  # free the previous result first
             self._last_run = source, self._teacher_layer(source)
@@ -450,13 +467,13 @@ class _Narrowing:
         return _LayerRun(query, key, value, before_norm, attention, intermediate, activity)
 
     def _scored(self, layer: Any, part: str, read: Tensor) -> Tensor:
-        """Return a teacher layer's queries or keys: of tokens, then of any relative positions."""
+        """Return a teacher layer's queries or keys; for DeBERTa, also of relative positions."""
         return F.linear(read, *attention_part(self.family, layer, part))
 
     def _attend(
         self, model: PreTrainedModel, number: int, query: Tensor, key: Tensor, value: Tensor
     ) -> Tensor:
-        """Compute attention within each row, before the output map; flat, (N, A * D)."""
+        """Compute attention within each row, without the output map; return (N, A * D)."""
         num_heads = model.config.num_attention_heads
         contexts = []
         rows = (x[: len(value)].split(self.sizes) for x in (query, key, value))
@@ -472,7 +489,7 @@ class _Narrowing:
         return torch.cat(contexts).float()
 
     def _moved(self, source: int) -> Tensor:
-        """Return the variance of what each head's values add to the stream, (A_t,)."""
+        """Return the variance that each head's values add to the hidden states, (heads,)."""
         num_heads = self.theirs.num_attention_heads
         weight, _ = attention_part(self.family, self.sources[source], "value")
         out = self._part(source, self.names.attention_output).weight
@@ -491,7 +508,7 @@ class _Narrowing:
         return importance.topk(self.ours.intermediate_size).indices.sort().values
 
     def _cut(self, source: int, heads: list[int]) -> tuple[Tensor, Tensor, Tensor]:
-        """Return queries, keys and values of the kept heads, reduced to the student's head size."""
+        """Return the kept heads' queries, keys and values, reduced to the student's head size."""
         num_theirs = self.theirs.num_attention_heads
         size = self.ours.hidden_size // self.ours.num_attention_heads
         run = self._run(source)
@@ -509,16 +526,19 @@ class _Narrowing:
         return q, k, v
 
     def _cut_scores(self, query: Tensor, key: Tensor, size: int) -> tuple[Tensor, Tensor]:
-        """Reduce a head's queries and keys to ``size`` dimensions, with nearly the same scores."""
+        """Reduce a head's queries and keys to ``size`` dimensions, with q k^T nearly unchanged."""
         return _best_factors(query, key, size)
 
     def _places(self, size: int, their_size: int) -> Tensor:
-        """Return for each dimension of a teacher's query or key its place in a head of ``size``."""
+        """Return each teacher head dimension's index in a student head of ``size`` dimensions."""
         return torch.arange(their_size)
 
 
 class _SameWidth(_Narrowing):
-    """The steps of ``narrow`` for a student as wide as its teacher: copies, then corrections."""
+    """Steps to initialise a student that is as wide as its teacher: copy maps, then correct them.
+
+    The corrections are fitted by least squares.
+    """
 
     adds = True
 
@@ -530,7 +550,7 @@ class _SameWidth(_Narrowing):
         return _embedded(self.student, self.rows)[1]
 
     def _prepare(self, layer: nn.Module, source: int, heads: list[int], neurons: Tensor) -> None:
-        """Copy the kept heads, the kept neurons and the norms."""
+        """Copy the kept heads, feed-forward neurons and norms from teacher layer ``source``."""
         super()._prepare(layer, source, heads, neurons)
         names, origin, width = self.names, self.sources[source], self.ours.hidden_size
         size = width // self.ours.num_attention_heads
@@ -583,7 +603,10 @@ class _SameWidth(_Narrowing):
 
 
 class _OneSetOfHeads(_Narrowing):
-    """Steps that keep the same heads in all layers: those that change the stream most in all."""
+    """Steps to initialise a student from its teacher, with the same heads kept in all layers.
+
+    They are the heads that change the hidden states most, summed over layers.
+    """
 
     def _importance(self, sources: list[int]) -> Tensor:
         importance = super()._importance(sources)
@@ -591,7 +614,7 @@ class _OneSetOfHeads(_Narrowing):
 
 
 class _Distances(_OneSetOfHeads):
-    """Steps for MPNet, whose layers share a table with a bias for each distance and head."""
+    """Steps to initialise an MPNet student, whose layers share one table of position biases."""
 
     def _shared(self, heads: list[list[int]]) -> None:
         models: tuple[Any, Any] = (self.student, self.teacher)
@@ -600,17 +623,16 @@ class _Distances(_OneSetOfHeads):
 
 
 class _DistancesSameWidth(_SameWidth, _Distances):
-    """Steps for an MPNet student as wide as its teacher."""
+    """Steps to initialise an MPNet student that is as wide as its teacher."""
 
 
 class _Positions(_Narrowing):
-    """Steps for DeBERTa, whose scores also use queries and keys of relative distances.
+    """Steps to initialise a DeBERTa student, which has queries and keys of relative positions.
 
-    Those queries and keys are made from a table of distances that all layers share. The table is
-    projected into the student's basis.
-    If there is a convolution beside the first layer, a narrower student's convolution is
-    initialised to nearly 0. Its output goes through an activation, dimension by dimension, so the
-    teacher's convolution cannot be expressed in another basis.
+    They are made from a table of position embeddings that all layers share. The table is projected
+    to the student's width. Some DeBERTa models have a convolution beside the first layer. A
+    narrower student's convolution starts near 0: an activation follows it in each dimension, so it
+    cannot be projected like a linear map.
     """
 
     def _shared(self, heads: list[list[int]]) -> None:
@@ -628,13 +650,16 @@ class _Positions(_Narrowing):
         return after if number or conv is None else self._convolution(conv, end, z, after)
 
     def _convolution(self, conv: Any, end: int, before: Tensor, after: Tensor) -> Tensor:
-        """Initialise the convolution, and return the student's stream after it."""
+        """Initialise the convolution; return the student's states after it, (tokens, width)."""
         for parameter in conv.conv.parameters():
             parameter.mul_(1e-4)  # weights that are all 0 would be refused as damaged
         return _fit_norm(conv.LayerNorm, after, self.stream.states[end].float() @ self.basis)
 
     def _score_maps(self, layer: Any, part: str) -> list[Any]:
-        """Return the map for tokens and, if any, the map for distances, maybe the same map."""
+        """Return the query or key maps (``part``) of tokens and, if any, of relative positions.
+
+        Both can be the same map.
+        """
         attention = layer.attention.self
         own = getattr(attention, f"{part}_proj")
         if not attention.relative_attention:
@@ -659,7 +684,7 @@ class _Positions(_Narrowing):
         return self._fit(own, inputs, targets[:num_tokens], num_heads)
 
     def _positions(self, model: PreTrainedModel, num_tokens: int) -> Tensor:
-        """Return the table of distances, repeated to about as many rows as there are tokens."""
+        """Return the relative position embeddings, repeated to about ``num_tokens`` rows."""
         table: Tensor = self._encoder(model).get_rel_embedding()
         return table.repeat(max(1, num_tokens // len(table)), 1)
 
@@ -668,7 +693,7 @@ class _Positions(_Narrowing):
 
 
 class _PositionsSameWidth(_SameWidth, _Positions):
-    """Steps for a DeBERTa student as wide as its teacher."""
+    """Steps to initialise a DeBERTa student that is as wide as its teacher."""
 
     def _shared(self, heads: list[list[int]]) -> None:
         ours, theirs = self._encoder(self.student), self._encoder(self.teacher)
@@ -687,13 +712,14 @@ class _PositionsSameWidth(_SameWidth, _Positions):
 
 
 class _NormFirst(_Narrowing):
-    """Steps for ModernBERT, which is pre-norm, and has gates and rotary positions.
+    """Steps to initialise a ModernBERT student: pre-norm, with gates and rotary positions.
 
-    The stream itself is never normed, so each part is fitted to the difference between the
-    teacher's stream after the part, in the student's basis, and the student's stream before it. The
-    scales of norms go into the maps behind the norms. Dimensions i and i + D/2 of a head are a
-    complex number, rotated by ``theta ** (-2 i / D)`` from token to token. For a smaller head, the
-    teacher's complex numbers with nearly the same rotation are reduced to one.
+    Hidden states between layers are not normed. So the output of each part (attention,
+    feed-forward) is fitted to the teacher's hidden states after the part, projected to the
+    student's width, minus the student's hidden states before it. The scales of norms are multiplied
+    into the maps after them. Rotary positions rotate dimensions i and i + D/2 of a head together,
+    like one complex number, by ``theta ** (-2 i / D)`` per token. For a smaller head, teacher
+    dimensions with nearly the same rotation are merged into one.
     """
 
     def _layer(self, number: int, source: int, end: int, heads: list[int], z: Tensor) -> Tensor:
@@ -744,23 +770,27 @@ class _NormFirst(_Narrowing):
         return less_query, less_key
 
     def _places(self, size: int, their_size: int) -> Tensor:
-        """Return for each teacher dimension that of the smaller head with the nearest rotation."""
+        """Return, for each dimension of a teacher's head, the student's with the nearest rotation.
+
+        ``size`` and ``their_size`` are the head sizes of student and teacher.
+        """
         nearest = (torch.arange(their_size // 2) * size / their_size).round().long()
         first = nearest.clamp_max(size // 2 - 1)
         return torch.cat([first, first + size // 2])
 
 
 class _NormFirstSameWidth(_SameWidth, _NormFirst):
-    """Steps for a ModernBERT student as wide as its teacher."""
+    """Steps to initialise a ModernBERT student that is as wide as its teacher."""
 
 
 class _OneLayer(_OneSetOfHeads):
-    """Steps for ALBERT, whose one shared layer is fitted to the work of all depths at once.
+    """Steps to initialise an ALBERT student, whose one shared layer is applied ``depth`` times.
 
-    A depth is one of the passes through the shared layer; each has its share of the calibration
-    rows. The layer's inputs are first the teacher's stream in the student's basis, and then the
-    student's own stream at each depth. All depths replace about as many teacher layers, because one
-    layer cannot do much at one depth and little at another (LOG.md).
+    The layer is fitted to all of its passes at once; each pass uses its own part of the calibration
+    rows. In the first round its inputs are the teacher's hidden states, projected to the student's
+    width; in later rounds, the student's own hidden states at each pass. All passes replace about
+    the same number of teacher layers, because one layer cannot do much in one pass and little in
+    another (LOG.md).
     """
 
     def _kept(self) -> list[int]:
@@ -795,13 +825,13 @@ class _OneLayer(_OneSetOfHeads):
             self._layer(0, 0, 1, heads[0], stacked(flat, list(range(depth))))
 
     def _depths(self, depth: int) -> list[Tensor]:
-        """Return for each depth a mask of its tokens, (N,); rows go to the depths in turn."""
+        """Share the rows among the passes of ALBERT's layer; return one token mask per pass."""
         places = [torch.arange(len(mask))[:, None].expand_as(mask)[mask] for mask in self.masks]
         return [torch.cat(places) % depth == i for i in range(depth)]
 
 
 class _OneLayerSameWidth(_SameWidth, _OneLayer):
-    """Steps for an ALBERT student as wide as its teacher."""
+    """Steps to initialise an ALBERT student that is as wide as its teacher."""
 
 
 # model_type -> steps for a student that is narrower than its teacher, and for one as wide
@@ -814,28 +844,28 @@ _STEPS: Mapping[str, tuple[type[_Narrowing], type[_SameWidth]]] = {
 
 
 class _Linear(NamedTuple):
-    """Weight and bias of a linear map, or of some of its outputs."""
+    """Weight and bias of a linear map, or of a slice of its outputs."""
 
     weight: Tensor
     bias: Tensor | None
 
 
 def _copy_outputs(ours: Any, theirs: Any, to: Tensor, of: Tensor, factor: float = 1.0) -> None:
-    """Copy outputs ``of`` of map ``theirs``, times ``factor``, to outputs ``to`` of ``ours``."""
+    """Copy outputs ``of`` of linear ``theirs``, times ``factor``, to outputs ``to`` of ``ours``."""
     ours.weight[to] = theirs.weight[of] * factor
     if ours.bias is not None:
         ours.bias[to] = theirs.bias[of] * factor
 
 
 def _padded(flat: Tensor, mask: Tensor) -> Tensor:
-    """Return vectors (N, D) of real tokens as (B, T, D), with 0 at padding."""
+    """Return vectors (N, D) of the real tokens as a padded tensor (B, T, D), with 0 at padding."""
     padded = flat.new_zeros(*mask.shape, flat.shape[-1])
     padded[mask] = flat
     return padded
 
 
 def _fit_norm(norm: Any, before: Tensor, target: Tensor) -> Tensor:
-    """Fit scale and shift of a layer norm by least squares, and return its output."""
+    """Fit a layer norm's scale and shift from inputs ``before`` to a target; return its output."""
     normed = F.layer_norm(before, before.shape[-1:], eps=norm.eps)
     if norm.bias is None:
         scale = (normed * target).mean(0) / normed.square().mean(0).clamp_min(1e-6)
@@ -861,13 +891,13 @@ def fit_linear(
     """Set a linear map to the ridge regression of targets on inputs, and return its output.
 
     Args:
-        linear: the map, changed in place; its outputs are those of ``num_heads`` heads.
+        linear: the map, changed in place; its outputs are split evenly among ``num_heads`` heads.
         inputs: shape (N, D).
-        targets: shape (N, any); if a head has more outputs than targets, only its first outputs are
-            set.
+        targets: shape (N, num_heads * K). If K is smaller than a head of the map, only the head's
+            first K outputs are set.
         num_heads: number of heads.
-        strength: weight of the shrinkage, as in ``ridge_map``.
-        adds: shrink to what the map was, not to 0.
+        strength: weight of the penalty, as in ``ridge_map``.
+        adds: pull the weights towards their previous values instead of 0.
     """
     outputs = torch.arange(len(linear.weight), device=targets.device).view(num_heads, -1)
     outputs = outputs[:, : targets.shape[1] // num_heads].flatten()
@@ -881,7 +911,7 @@ def fit_linear(
 
 
 def _best_factors(left: Tensor, right: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Return a and b, of at most ``rank`` columns, with ``a b^T`` nearest to ``left right^T``."""
+    """Return a and b, of at most ``rank`` columns, with ``a b^T`` closest to ``left right^T``."""
     if left.shape[-1] <= rank:
         return left, right
     _, left_root = torch.linalg.qr(left)

@@ -1,8 +1,8 @@
 """Objectives of distillation: terms of the loss, and weighted sums of objectives.
 
-An objective is part of the recipe, and is not changed by training. It makes a criterion: the module
-that computes the errors of a batch, and holds the parameters that are trained along with the
-student (projections). Shapes: B rows, T padded tokens, N real tokens, H a width, A heads.
+An objective is a setting, and is not changed by training. It makes a criterion: the module that
+computes the errors of a batch, and holds the parameters that are trained along with the student
+(projections). Shapes: B rows, T padded tokens, N real tokens, H a width, A heads.
 """
 
 import math
@@ -31,8 +31,8 @@ class View:
     """The hidden states and attention of one model on a batch; layer -1 is the embedding output.
 
     Args:
-        model: the model that gave the states.
-        batch: the batch that the model was run on.
+        model: the model that computed the hidden states.
+        batch: the input batch.
         padded: layer -> hidden states of all tokens, (B, T, H).
         real: layer -> hidden states of the real tokens alone, (N, H).
         maps: attention maps of each layer, (B, A, T, T), if the model returned them.
@@ -53,7 +53,7 @@ class View:
 
     @property
     def family(self) -> Family:
-        """The family of the model, with its module names."""
+        """The model's family (BERT, RoBERTa, ...), which knows the names of its modules."""
         return family_of(self.model.config)
 
     def real(self, layer: int) -> Tensor:
@@ -64,7 +64,7 @@ class View:
         return self._real[layer]
 
     def padded(self, layer: int) -> Tensor:
-        """Return a layer's hidden states of all tokens, (B, T, H), arbitrary for padding."""
+        """Return a layer's hidden states of all tokens, (B, T, H); arbitrary at padding."""
         if layer not in self._padded:
             states_NH = self._real[layer]
             padded = states_NH.new_zeros(self.mask_BT.numel(), states_NH.shape[-1])
@@ -86,10 +86,10 @@ class View:
         return self._inputs[layer]
 
     def heads(self, layer: int, part: str, num_heads: int, chosen: Tensor | None = None) -> Tensor:
-        """Return a layer's queries, keys or values (``part``), (B, A, T, H / num_heads).
+        """Return a layer's queries, keys or values (``part``), shape (B, A, T, D).
 
-        The layer's map is divided into ``num_heads`` heads, of which only the ``chosen`` are
-        returned (by default all).
+        The layer's output of width H is split into ``num_heads`` heads of size D = H / num_heads,
+        of which the A ``chosen`` ones are returned (by default all).
         """
         module = self.family.layers(self.model)[layer]
         weight, bias = attention_part(self.family, module, part)
@@ -114,7 +114,7 @@ class View:
         return masked_softmax(scores if chosen is None else scores[:, chosen], self.mask_BT)
 
     def pooled(self, mask_BT: Tensor) -> Tensor:
-        """Return the mean of the last layer's states where the mask is True, in float32, (B, H)."""
+        """Return each row's mean last-layer state where the mask is True, (B, H), in float32."""
         weights = mask_BT.float() / mask_BT.sum(1, keepdim=True).clamp_min(1)
         with torch.autocast(self.mask_BT.device.type, enabled=False):
             last = self.padded(self.model.config.num_hidden_layers - 1).float()
@@ -123,18 +123,17 @@ class View:
 
 @dataclass(frozen=True)
 class Term:
-    """One term of the loss, computed by a criterion.
+    """One term of the distillation loss.
 
     Args:
         name: name in the logs.
         weight: weight in the loss, relative to the other terms.
-        layer: the teacher layer whose states are compared, if the term is a squared error of
-            states.
+        layer: number of the teacher layer, if the term is a squared error of hidden states.
         scaled: whether the error is divided by the variance of ``layer``.
-        compares: whether students can be ranked by the term. False if the error depends on which
-            teacher layers a student is made from, because some are easier to learn. (True for
-            hidden states of mapped layers, as in the original KD-NAS, although only LastLayer and
-            LearnedMapping set the same task for every student.)
+        compares: whether students of different shapes can be ranked by the term. False if its
+            difficulty depends on which teacher layers a student is made from. (Mapped hidden states
+            are True, as in the original KD-NAS, although strictly only LastLayer and LearnedMapping
+            set every student the same task.)
     """
 
     name: str
@@ -145,40 +144,48 @@ class Term:
 
 
 class Criterion(nn.Module):
-    """Module that computes a batch's error for each of its ``terms``; trained with the student."""
+    """Base class: a module that computes the loss ``terms``; it is trained with the student."""
 
     terms: list[Term]
 
     @abstractmethod
     def forward(self, student: View, teacher: View) -> list[tuple[Tensor, int]]:
-        """Return for each term the sum of its errors and the number of tokens or rows summed."""
+        """Return for each loss term the sum of a batch's errors, and how many were summed.
+
+        A ``View`` holds a model's hidden states and attention on the batch.
+        """
 
     def fit(self, started: Started, students: Sequence[View], teachers: Sequence[View]) -> None:
-        """Initialise the criterion's parameters; by default do nothing.
+        """Initialise the criterion's own parameters, such as projections; by default do nothing.
 
         Args:
             started: how the student was initialised.
-            students: a view of the initialised student for each calibration batch.
-            teachers: a view of the teacher for each of these batches.
+            students: for each calibration batch, hidden states of the initialised student.
+            teachers: for each calibration batch, hidden states of the teacher.
         """
 
 
 class Objective(ABC):
-    """What a student learns from its teacher; makes the criterion that computes the loss."""
+    """Base class of distillation objectives: what the student learns from its teacher.
+
+    ``criterion`` makes the module that computes the loss.
+    """
 
     @abstractmethod
     def teacher_layers(self, num_student_layers: int, num_teacher_layers: int) -> set[int]:
-        """Return the teacher layers whose states the criterion needs; -1: the embedding output."""
+        """Return the teacher layers whose states the loss needs; -1: the embedding output."""
 
     @abstractmethod
     def criterion(self, student: PreTrainedModel, teacher: PreTrainedModel) -> Criterion:
-        """Make the module that computes the errors for this student and teacher."""
+        """Make the module that computes the loss for this student and this teacher."""
 
 
 def needed_layers(
     objective: Objective, depths: Iterable[int], num_teacher_layers: int
 ) -> list[int]:
-    """Return the teacher layers that students of these depths need, and the last one, ascending.
+    """Return the teacher layers whose hidden states students of these depths need, ascending.
+
+    The teacher's last layer is always included.
 
     Raises:
         UserError: the objective asks for a layer that the teacher does not have.
@@ -188,28 +195,27 @@ def needed_layers(
     for layer in needed:
         if layer not in range(-1, num_teacher_layers):
             raise UserError(
-                f"{type(objective).__name__} asks for teacher layer {layer!r}: "
-                f"there are 0 to {num_teacher_layers - 1}, and -1, the embedding output."
+                f"{type(objective).__name__} needs teacher layer {layer!r}, but the teacher has "
+                f"only layers 0 to {num_teacher_layers - 1}, and -1 for the embedding output."
             )
     return sorted(needed)
 
 
 class HiddenStates(Objective):
-    """Mean squared error of projected student states to teacher states, as in the original KD-NAS.
+    """Mean squared error of projected student to teacher hidden states, as in the original KD-NAS.
 
-    ``mean_ij mean_n |W_ij h_i(n) - t_j(n)|^2 / (H_t var_j)`` over all pairs of a student layer i
-    and a teacher layer j that it learns from, and over real tokens n. var_j is the variance of
-    teacher layer j. Each student layer has its own linear projection H_s -> k * H_t, for the k
-    teacher layers that it learns from.
+    ``mean_ij mean_n |W_ij h_i(n) - t_j(n)|^2 / (H_t var_j)`` over pairs of a student layer i and a
+    teacher layer j that it learns from, and over real tokens n. h_i and t_j are hidden states of
+    student and teacher, H_t is the teacher's width, and var_j the variance of t_j. Each student
+    layer has its own linear projection, which holds its W_ij.
 
     Args:
         mapping: which teacher layers each student layer learns from.
         shared_projection: use one projection for all student layers, as the original's code does,
             instead of one for each.
-        normalize: divide each teacher layer's error by the layer's variance, so that no layer
-            dominates by its scale.
-        fit_projections: initialise the projections by least squares on the initialised student,
-            not at random.
+        normalize: divide by var_j, so that no layer dominates by its scale.
+        fit_projections: initialise the projections by least squares on the initialised student, not
+            at random.
 
     Raises:
         UserError: a shared projection for layers that learn from different numbers of teacher
@@ -250,8 +256,8 @@ class _HiddenStates(Criterion):
         counts = [len(layers) for _, layers in self.layers]
         if objective.shared_projection and len(set(counts)) > 1:
             raise UserError(
-                "shared_projection needs the same number of teacher layers for each student layer, "
-                f"not {set(counts)}."
+                "shared_projection needs student layers that all learn from the same number of "
+                f"teacher layers; in this mapping the numbers are {sorted(set(counts))}."
             )
         self.projections = nn.ModuleList(
             nn.Linear(ours.hidden_size, count * theirs.hidden_size)
@@ -282,12 +288,13 @@ class _HiddenStates(Criterion):
 class LearnedMapping(Objective):
     """Squared errors on every teacher layer, each with a learned mixture of student layers.
 
-    ``mean_j sum_i p_ij mean_n |W_ij h_i(n) - t_j(n)|^2 / (H_t var_j)`` for teacher layers j,
-    student layers i and real tokens n. var_j is the variance of teacher layer j. ``p_j =
-    softmax(a_j)`` is trained with the student. The mixture is over the student's layers, so no
-    teacher layer can be left out for an easier one, and all students have the same task.
+    ``mean_j sum_i p_ij mean_n |W_ij h_i(n) - t_j(n)|^2 / (H_t var_j)`` over teacher layers j,
+    student layers i and real tokens n. h_i and t_j are hidden states of student and teacher, W_ij
+    is a trained projection, H_t the teacher's width, and var_j the variance of t_j. ``p_j =
+    softmax(a_j)`` is trained with the student. Every teacher layer is always learned, so all
+    students have the same task.
 
-    Source: after ALP-KD (Passban et al. 2021), whose mixture is over the teacher's layers.
+    Source: after ALP-KD (Passban et al. 2021), which instead mixes the teacher's layers.
     """
 
     def teacher_layers(self, num_student_layers: int, num_teacher_layers: int) -> set[int]:
@@ -333,22 +340,22 @@ class _LearnedMapping(Criterion):
 
 
 class WeightedSum(Objective):
-    """A weighted mean of the losses of several objectives.
+    """Objective: weighted mean of the losses of several objectives.
 
     Args:
         objectives: the objectives.
         weights: a weight above 0 for each objective, relative to the others.
 
     Raises:
-        UserError: there are no objectives, not as many weights as objectives, or a weight is not
-            above 0.
+        UserError: ``objectives`` is empty, ``weights`` has another length, or a weight is not above
+            0.
     """
 
     def __init__(self, objectives: list[Objective], weights: list[float]) -> None:
         if not objectives or len(objectives) != len(weights):
             raise UserError(
-                f"WeightedSum: {len(objectives)} objectives and {len(weights)} weights: "
-                "give one each."
+                f"WeightedSum has {len(objectives)} objectives and {len(weights)} weights: give at "
+                "least one objective, and a weight for each."
             )
         for weight in weights:
             if not 0 < weight < math.inf:

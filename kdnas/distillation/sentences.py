@@ -18,14 +18,14 @@ from kdnas.system.errors import UserError
 class SentenceState(Objective):
     """Squared error of one projected vector per row, divided by the teacher vectors' variance.
 
-    A row's vector is the last layer's [CLS] state, or the mean of the last layer's real-token
-    states. The student's vector is projected to the teacher's width.
+    A row's vector is its [CLS] hidden state in the last layer, or the mean of its real tokens'
+    hidden states there. The student's vector is projected to the teacher's width.
 
     Args:
         pooling: ``cls`` (the first token) or ``mean``.
 
     Raises:
-        UserError: ``pooling`` is neither.
+        UserError: ``pooling`` is neither ``cls`` nor ``mean``.
     """
 
     def __init__(self, pooling: str = "cls") -> None:
@@ -69,11 +69,11 @@ class _SentenceState(Criterion):
 class SentenceSimilarity(Objective):
     """Squared difference between the student's and the teacher's similarities of rows in a batch.
 
-    Let s_i and t_i be the means of row i's real-token states in the last layer of the student and
-    of the teacher. The error of row i is the mean over the other rows j of ``(cos(s_i, s_j) -
-    cos(t_i, t_j))^2``, divided by the variance of the teacher's cosines. There is no projection, so
-    the student's own vectors can be searched by cosine, as the teacher's can. This is the only
-    objective whose errors depend on which rows share a batch.
+    Let s_i and t_i be the means of row i's last-layer hidden states in student and teacher. The
+    error of row i is the mean over the other rows j of ``(cos(s_i, s_j) - cos(t_i, t_j))^2``,
+    divided by the variance of the teacher's cosines. There is no projection, so the student's own
+    vectors can be used for cosine search, like the teacher's. No other objective depends on which
+    rows share a batch.
 
     Source: after Passalis and Tefas 2018, who match the cosines of a batch as probabilities.
     """
@@ -114,14 +114,14 @@ class _SentenceSimilarity(Criterion):
 
 
 class PairComparison(Objective):
-    """Error of predicting, from the student's [CLS], how a teacher compares a pair's sentences.
+    """Error of predicting, from the student's [CLS], how the teacher's vectors of a pair differ.
 
-    Let u and v be the means of the teacher's last-layer states over the first and the second
-    sentence. A small head on the student's last-layer [CLS] state predicts ``|u - v|`` (each
-    dimension standardised) and ``cos(u, v)`` (standardised). The error is the mean of both mean
-    squared errors. The objective needs rows that are pairs (``data.pair_share``), and trains [CLS],
-    without labels, for what fine-tuning on pairs needs. It works best for teachers whose mean
-    states carry meaning, such as sentence encoders.
+    Let u and v be the means of the teacher's last-layer hidden states over the first and the second
+    sentence of a pair. A small head on the student's last-layer [CLS] state predicts ``|u - v|``
+    and ``cos(u, v)``, both standardised. The error is the mean of their two mean squared errors.
+    The objective needs rows that are sentence pairs (``data.pair_share``), but no labels. It
+    prepares [CLS] for fine-tuning on pairs. It works best with teachers whose mean hidden states
+    carry meaning, such as sentence encoders.
     """
 
     def teacher_layers(self, num_student_layers: int, num_teacher_layers: int) -> set[int]:
@@ -148,7 +148,11 @@ class _PairComparison(Criterion):
 
     @staticmethod
     def comparison(teacher: View) -> tuple[Tensor, Tensor]:
-        """Return the pairs' indices, (P,), and their ``|u - v|`` and ``cos(u, v)``, (P, H + 1)."""
+        """Return the indices of the pairs in a batch, (P,), and the targets to predict, (P, H + 1).
+
+        The targets are ``|u - v|`` and ``cos(u, v)``, where u and v are the mean teacher states of
+        a pair's two sentences.
+        """
         second = teacher.batch["token_type_ids"].bool()
         paired = pairs(teacher.batch)
         u = teacher.pooled(teacher.mask_BT & ~second)[paired]

@@ -21,13 +21,13 @@ WORDS_AT_ONCE = 8192
 
 @dataclass(frozen=True)
 class Started:
-    """The result of initialising a student.
+    """Which parameters and heads of a student were initialised from its teacher.
 
     Args:
-        copied: names of the student's parameters that were copied from the teacher; they are
-            trained at lower learning rates.
-        heads: for each student layer, the teacher's heads from which its heads were made; None:
-            the student's heads were not made from the teacher's.
+        copied: names of the student's parameters that were copied; they are trained at lower
+            learning rates.
+        heads: for each student layer, numbers of the teacher heads that its heads were made from;
+            None: the heads were not made from the teacher's.
     """
 
     copied: frozenset[str] = frozenset()
@@ -35,16 +35,16 @@ class Started:
 
 
 class Start(ABC):
-    """A rule that initialises the weights of a student."""
+    """Base class of the ways to initialise a student's weights."""
 
     def check(self, student: PreTrainedConfig, teacher: PreTrainedConfig) -> None:  # noqa: B027
-        """Raise a UserError if this rule cannot initialise the student; by default do nothing."""
+        """Raise a UserError if the student's shape does not allow it; by default do nothing."""
 
     @abstractmethod
     def __call__(
         self, student: PreTrainedModel, teacher: PreTrainedModel, rows: Sequence[Batch]
     ) -> Started:
-        """Initialise a student from its teacher; ``rows`` are training rows to fit maps on."""
+        """Initialise a student from its teacher; ``rows``: training rows to fit linear maps on."""
 
 
 class RandomStart(Start):
@@ -57,11 +57,10 @@ class RandomStart(Start):
 
 
 class FromEmbeddings(Start):
-    """Initialise only the embeddings, by projecting the teacher's; layers stay random.
+    """Initialise only the student's embeddings, from the teacher's; layers stay random.
 
-    The projection is on the first H_s principal components (H_s: the student's width) of the
-    teacher's embedding output over its vocabulary. If student and teacher have the same width, the
-    embeddings are copied.
+    If the student is narrower, the teacher's embeddings are projected on their first H_s principal
+    components over the vocabulary (H_s: the student's width). If it is as wide, they are copied.
     """
 
     def check(self, student: PreTrainedConfig, teacher: PreTrainedConfig) -> None:
@@ -79,17 +78,17 @@ class FromEmbeddings(Start):
 
 
 class FromTeacher(Start):
-    """Initialise embeddings and layers from the teacher's: copied and corrected, or narrowed.
+    """Initialise embeddings and layers from the teacher's (the default).
 
     The student's layers are made from the teacher's first layers and its last (``kept_layers``). A
-    student of the teacher's shape is a copy.
+    student with the teacher's shape is a copy.
 
-    Other students are made by ``narrow``: the residual stream is projected on its principal
-    components, the heads and neurons that change it most are kept, and every linear map is fitted
-    by least squares: from the student's own stream on training rows to the output of the teacher's
-    part. So each part corrects the errors of the parts before it. A student as wide as its teacher
-    keeps the stream, and the kept heads and neurons are copied; least squares then correct each
-    copied map for dropped heads, neurons and layers.
+    Other students are made by ``narrow``. It projects the teacher's hidden states on their
+    principal components and keeps the heads and neurons that change the hidden states most. Each
+    linear map is then fitted by least squares on training rows: its inputs are the student's own
+    hidden states, its targets the teacher's outputs. So each map also corrects the errors of the
+    maps before it. If the student is as wide as its teacher, nothing is projected: the kept heads
+    and neurons are copied, and least squares correct the copied maps for what was dropped.
 
     Raises:
         UserError: a size of the student is larger than its teacher's.
@@ -115,15 +114,15 @@ def _check_sizes(student: PreTrainedConfig, teacher: PreTrainedConfig, *names: s
         size, largest = getattr(ours, name), getattr(theirs, name)
         if size > largest:
             raise UserError(
-                f"{name} is {size}, above the teacher's {largest}: give at most that, or start "
-                "at random (RandomStart)."
+                f"The student's {name} is {size}, but its teacher's only {largest}: give at most "
+                "that, or initialise the student at random (RandomStart)."
             )
 
 
 def embedding_basis(teacher: PreTrainedModel, width: int) -> Tensor:
-    """Return the first principal components of the teacher's embedding output over its vocabulary.
+    """Return the first principal components of a teacher's embedding output over its vocabulary.
 
-    The components are the orthonormal columns of a float32 matrix of shape (H_t, width).
+    They are the orthonormal columns of a float32 matrix of shape (teacher's width, ``width``).
     """
     words = torch.arange(teacher.config.vocab_size, device=teacher.device)[:, None]
     sums = products = torch.zeros((), dtype=torch.float64, device=teacher.device)
@@ -138,9 +137,9 @@ def embedding_basis(teacher: PreTrainedModel, width: int) -> Tensor:
 
 
 def copy_layers(student: PreTrainedModel, teacher: PreTrainedModel) -> Started:
-    """Copy embeddings and layers to a student that differs from its teacher at most in depth.
+    """Copy a teacher's embeddings and layers to a student that differs at most in depth.
 
-    ``kept_layers`` chooses the teacher's layers.
+    ``kept_layers`` chooses which teacher layers are copied.
     """
     family = family_of(teacher.config)
     layers, sources = family.layers(student), family.layers(teacher)

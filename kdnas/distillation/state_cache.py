@@ -63,16 +63,16 @@ def cache_key(
     order: IntArray | None = None,
     computed_in: torch.dtype = torch.float32,
 ) -> str:
-    """Return the hash of all that the stored states, and their places in the cache, depend on.
+    """Return the hash of everything that determines the stored states and their order on disk.
 
     Args:
         teacher_sha256: hash of the teacher.
-        rows: the rows whose states are stored.
+        rows: the rows whose hidden states are stored.
         layers: the stored teacher layers, ascending.
         precision: precision of the stored numbers.
-        order: numbers of all rows, in the order in which they are needed; by default ascending.
-        computed_in: precision of the teacher's matmuls, which depends on the machine; bfloat16
-            changes a state by more than the rounding of float16.
+        order: all row numbers, in the order in which the rows will be needed; by default ascending.
+        computed_in: dtype of the teacher's matrix products, which depends on the machine; bfloat16
+            changes a hidden state by more than storing it in float16 does.
     """
     placed = b"" if order is None else order.astype(np.int64).tobytes()
     parts = [
@@ -90,17 +90,18 @@ def cache_key(
 
 
 def record_of(precision: Precision, hidden_size: int) -> np.dtype[np.void]:
-    """Return the NumPy type in which one token's state is stored.
+    """Return the NumPy dtype of one token's stored hidden state, for ``float16`` or ``int8``.
 
-    The rounding error is 5e-8 of the states' variance in float16 and 1e-4 to 3e-4 in int8, which
-    has one scale for each token; bfloat16, as large as float16, would have 3e-6 (LOG.md).
+    The rounding error is 5e-8 of the hidden states' variance in float16, and 1e-4 to 3e-4 in int8,
+    which has one scale per token. bfloat16 is not offered: as large as float16, it would have an
+    error of 3e-6 (LOG.md).
     """
     values = ("values", np.dtype(precision), hidden_size)
     return np.dtype([("scale", np.float32), values] if precision == "int8" else [values])
 
 
 def pack(states_NH: Tensor, packed: np.ndarray) -> None:
-    """Write hidden states (N, H) into an array of N records, of the type of ``record_of``."""
+    """Write hidden states (N, H) into an array of N records of the dtype of ``record_of``."""
     within_half(states_NH)  # ``unpack`` returns float16, in whatever type they are stored
     if "scale" in packed.dtype.fields:  # type: ignore[operator]
         states_NH = states_NH.float()
@@ -112,7 +113,7 @@ def pack(states_NH: Tensor, packed: np.ndarray) -> None:
 
 
 def unpack(packed: np.ndarray) -> Tensor:
-    """Return the hidden states (N, H), in float16, of N records that ``pack`` wrote."""
+    """Return hidden states (N, H), in float16, from the N records that ``pack`` wrote."""
     values = torch.from_numpy(packed["values"])
     if "scale" in packed.dtype.fields:  # type: ignore[operator]
         return (values * torch.from_numpy(packed["scale"].copy())[:, None]).half()
@@ -125,15 +126,15 @@ def _tracked(places: Sequence[Place], description: str) -> Iterable[Place]:
 
 
 class StateCache:
-    """The teacher's hidden states of every row and mask variant, in a folder of shards.
+    """The teacher's hidden states on disk: a folder of shard files, for every row and mask variant.
 
     Args:
         folder: the cache's folder, named after the ``cache_key``.
-        rows: the rows whose states are stored.
+        rows: the tokenized rows, each with one or more random maskings (mask variants).
         layers: the stored teacher layers, ascending.
         hidden_size: H, width of the teacher.
         precision: precision of the stored numbers.
-        order: numbers of all rows, in the order in which they are needed; by default ascending.
+        order: all row numbers, in the order in which the rows will be needed; by default ascending.
     """
 
     def __init__(
@@ -171,11 +172,11 @@ class StateCache:
         self._reading = Lock()  # the threads of two loaders may read at once
 
     def num_bytes(self, row_ids: IntArray | None = None) -> int:
-        """Return the size on disk of the shards of these rows (default: all), stored or not yet."""
+        """Return the size on disk of all shards of these rows (default: all rows), built or not."""
         return self._size(self._places(row_ids))
 
     def num_missing_bytes(self, row_ids: IntArray | None = None) -> int:
-        """Return how many bytes of ``num_bytes`` belong to shards that do not exist yet."""
+        """Return the size of those shards of these rows (default: all) that are not yet built."""
         found = self._stamps()
         return self._size(
             place for place in self._places(row_ids) if self._prefix(place) not in found
@@ -184,18 +185,18 @@ class StateCache:
     def build(
         self, teacher: BatchStates, batch_tokens: int, row_ids: IntArray | None = None
     ) -> None:
-        """Compute missing and damaged shards, and open the cache.
+        """Compute missing and damaged shards, and open the cache for reading.
 
-        One process computes; others that call this wait for it.
+        If several processes call this, one computes and the others wait.
 
         Args:
-            teacher: function from a batch to the states (N, H) of each stored layer.
+            teacher: function from a batch to the hidden states (N, H) of each stored layer.
             batch_tokens: largest number of tokens in a batch, padding included.
             row_ids: numbers of the rows that are needed; all by default.
 
         Raises:
-            UserError: the disk has too little room or fills up (finished shards stay for the next
-                call), or float16 cannot hold the states.
+            UserError: the disk is too small (finished shards stay for the next call), or a hidden
+                state is beyond the range of float16.
         """
         places = self._places(row_ids)
         self._names = dict.fromkeys(places)
@@ -219,12 +220,13 @@ class StateCache:
         share: int,
         num_shares: int,
     ) -> None:
-        """Compute one of ``num_shares`` shares of the missing shards, for a later ``build``.
+        """Compute every ``num_shares``-th missing shard, in one of several parallel processes.
 
-        The process that starts a process for each share must hold the folder's ``lock``.
+        The process that starts these processes must hold the folder's ``lock`` file, and call
+        ``build`` after they end.
 
         Args:
-            teacher: function from a batch to the states (N, H) of each stored layer.
+            teacher: function from a batch to the hidden states (N, H) of each stored layer.
             batch_tokens: largest number of tokens in a batch, padding included.
             row_ids: numbers of the rows that are needed.
             share: number of this share, from 0.
@@ -237,7 +239,7 @@ class StateCache:
                 self._write(place, self._compute(place, teacher, batch_tokens, buffer))
 
     def __call__(self, batch: Batch, layers: Sequence[int]) -> list[Tensor]:
-        """Read the states of a batch's real tokens: for each layer (N, H), float16, on the CPU.
+        """Read the hidden states of a batch's N real tokens: for each layer (N, H) in float16.
 
         Raises:
             OSError: a shard was removed or truncated since ``build``.
@@ -285,7 +287,7 @@ class StateCache:
         return f"variant{place[0]:02d}_{place[1]:05d}"
 
     def _stamps(self) -> dict[str, dict[str, list[int]]]:
-        """Return the stamps of all shard files: shard's prefix -> file name -> stamp."""
+        """Return shard -> file name -> stamp (size and modification time) of all shard files."""
         found: dict[str, dict[str, list[int]]] = {}
         if not self.folder.exists():
             return found
@@ -298,7 +300,11 @@ class StateCache:
         return found
 
     def _checked(self, places: Iterable[Place]) -> dict[Place, str | None]:
-        """Return each shard's file name, or None if the file changed since a process checked it."""
+        """Return each shard's file name if its checksum is known to be good, else None.
+
+        A file must be checked again if its size or modification time has changed. A ``Place`` is
+        (mask variant, shard number).
+        """
         checked, found = read_stamps(self.folder / CHECKED), self._stamps()
 
         def name_of(place: Place) -> str | None:
@@ -308,7 +314,7 @@ class StateCache:
         return {place: name_of(place) for place in places}
 
     def _note_checked(self) -> None:
-        """Record the stamps of checked shards for other processes; the caller holds the lock."""
+        """Record for other processes which shard files are undamaged; the caller holds the lock."""
         found = {name: at for names in self._stamps().values() for name, at in names.items()}
         known = read_stamps(self.folder / CHECKED)
         known |= {name: found[name] for name in self._names.values() if name in found}
@@ -319,7 +325,10 @@ class StateCache:
         return hashlib.sha256(f"{self.folder.name}/{prefix}".encode())
 
     def _find(self, place: Place, names: Iterable[str]) -> str | None:
-        """Return the undamaged one of a shard's files; remove damaged ones (under the lock)."""
+        """Return the name of a shard's undamaged file, or None; delete its damaged files.
+
+        Call it only with the folder's lock held.
+        """
         prefix = self._prefix(place)
         for path in (self.folder / name for name in names):
             with path.open("rb") as file:
@@ -331,7 +340,7 @@ class StateCache:
         return None
 
     def _build_missing(self, teacher: BatchStates, batch_tokens: int) -> None:
-        """Compute and write the missing shards; the caller holds the lock.
+        """Compute and write the missing shards; call it only with the folder's lock held.
 
         A thread writes each shard while the next one is computed.
         """
@@ -369,7 +378,7 @@ class StateCache:
     def _compute(
         self, place: Place, teacher: BatchStates, batch_tokens: int, buffer: np.ndarray
     ) -> list[np.ndarray]:
-        """Compute a shard into ``buffer``, (L, any T), and return the records of each layer."""
+        """Compute a shard's hidden states into ``buffer``; return the used part for each layer."""
         variant, shard = place
         row_ids = self._shard_rows[shard]
         states = [layer_states[: self._num_tokens(place)] for layer_states in buffer]
@@ -405,7 +414,7 @@ class StateCache:
         return name
 
     def _free(self) -> int:
-        """Return the free bytes of the disk on which the folder is or will be."""
+        """Return the free bytes on the disk of the cache's folder, which may not exist yet."""
         there = next(path for path in (self.folder, *self.folder.parents) if path.exists())
         return shutil.disk_usage(there).free
 
@@ -418,7 +427,7 @@ class StateCache:
         )
 
     def _open(self, place: Place) -> tuple[mmap.mmap, np.ndarray]:
-        """Return a memory-mapped shard; the last ``MOST_MAPS`` shards stay open."""
+        """Return a shard as a memory map and an array; the last ``MOST_MAPS`` shards stay open."""
         opened = self._maps.pop(place, None) or self._map(place)
         if len(self._maps) >= MOST_MAPS:
             del self._maps[next(iter(self._maps))]

@@ -36,13 +36,13 @@ STATS_TOKENS = 30_000
 
 @dataclass(frozen=True)
 class LayerStats:
-    """Reference values for errors on one teacher layer; means over tokens and dimensions.
+    """Reference values for a student's errors on one teacher layer, averaged over dimensions.
 
     Args:
-        variance: variance of the layer's states on training rows.
-        held_out_variance: variance of the layer's states on held-out rows.
-        held_out_mse_context_free: error, on held-out rows, of the best linear map from the
-            teacher's embedding output to this layer, fitted on training rows.
+        variance: variance of the layer's hidden states on training rows.
+        held_out_variance: variance of the layer's hidden states on held-out rows.
+        held_out_mse_context_free: mean squared error, on held-out rows, of a linear map from the
+            teacher's embedding output to this layer, which was fitted on training rows.
     """
 
     variance: float
@@ -52,14 +52,14 @@ class LayerStats:
 
 @dataclass(frozen=True)
 class ShareEnds:
-    """The errors of the token probe at which the ``contextual_share`` is 0 and 1.
+    """Mean squared errors that set the scale of ``contextual_share``, with the values 0 and 1.
 
-    The token probe is a ``RidgeProbe`` of the teacher's last layer.
+    Both are errors of a regularised linear map (``RidgeProbe``) to the teacher's last layer.
 
     Args:
-        context_free: error of the layer predicted from the teacher's embedding output (share 0).
-        teacher: error of the layer predicted from itself (share 1); above 0, because the probe's
-            map is regularised.
+        context_free: error of the map from the teacher's embedding output (share 0).
+        teacher: error of the map from the last layer itself (share 1); above 0, because the map is
+            regularised.
     """
 
     context_free: float
@@ -71,11 +71,12 @@ class StatesSettings:
     """Where and how the teacher's hidden states are stored.
 
     Args:
-        folder: folder of the caches, one for each teacher and text; safe to delete. By default
-            ``teacher_states`` in the folder of all runs.
-        max_gb: largest size of a cache, in GB; above it, the teacher runs live. 0: always live.
-        precision: precision of the stored numbers; int8 takes half the disk and costs 1e-4 to 3e-4
-            of the states' variance.
+        folder: folder of the stored states, with a subfolder for each teacher and text; safe to
+            delete. By default ``teacher_states`` in the folder of all runs.
+        max_gb: largest size of the stored states, in GB. If they would be larger, nothing is stored
+            and the teacher runs on each batch. 0: never store.
+        precision: precision of the stored numbers; int8 takes half the disk, with a rounding error
+            of 1e-4 to 3e-4 of the states' variance.
     """
 
     folder: str | None = None
@@ -85,19 +86,19 @@ class StatesSettings:
     def __post_init__(self) -> None:
         if not self.max_gb >= 0:
             raise UserError(
-                f"max_gb is {self.max_gb}: give a size of at least 0 (0: the teacher runs live)."
+                f"max_gb is {self.max_gb}: give a size in GB, or 0 to store no teacher states."
             )
 
 
 class LiveTeacher:
-    """Computes the teacher's hidden states by running its encoder on each batch, uncached."""
+    """Computes the teacher's hidden states on each batch, instead of reading stored ones."""
 
     def __init__(self, model: PreTrainedModel, precision: str = "auto") -> None:
         self.model, self.precision = model, precision
 
     @torch.no_grad()  # not inference_mode, whose tensors cannot enter autograd
     def __call__(self, batch: Batch, layers: Sequence[int]) -> list[Tensor]:
-        """Compute each layer's states (N, H) of a batch's real tokens, on the batch's device."""
+        """Return for each layer the hidden states (N, H) of a batch's N real tokens."""
         device = batch["input_ids"].device
         with autocast(device.type, self.precision):
             states = encode(self.model.to(device), batch).hidden_states  # type: ignore[arg-type]
@@ -111,14 +112,14 @@ StateSource = Callable[[Batch, Sequence[int]], list[Tensor]]  # a StateCache or 
 
 @dataclass(eq=False)
 class TeacherStates:
-    """The teacher's states of some layers, stored or live, and reference values for errors.
+    """Gives a teacher's hidden states, stored or computed, and reference values for errors.
 
     Args:
-        source: gives the states of a batch.
+        source: a ``StateCache`` (stored) or a ``LiveTeacher`` (computed).
         layers: teacher layers that ``source`` has, ascending.
         hidden_size: width of the teacher.
         stats: layer -> reference values for errors on that layer.
-        ends: reference values of the contextual share.
+        ends: reference values of ``contextual_share``.
     """
 
     source: StateSource
@@ -128,9 +129,9 @@ class TeacherStates:
     ends: ShareEnds
 
     def __call__(self, batch: Batch, layers: Sequence[int] | None = None) -> dict[int, Tensor]:
-        """Return layer -> states of a batch's real tokens, (N, H), on the batch's device.
+        """Return layer -> hidden states of a batch's real tokens, (N, H), on the batch's device.
 
-        By default, these are the states of all ``self.layers``.
+        By default, the layers are ``self.layers``.
         """
         layers = self.layers if layers is None else layers
         ahead = batch.get("states", {})
@@ -141,12 +142,12 @@ class TeacherStates:
         return dict(zip(layers, states, strict=True))
 
     def prepare(self, batch: Batch, layers: Sequence[int], pin: bool) -> Batch:
-        """Return a batch of a loader together with stored states and the indices of real tokens.
+        """Add the stored hidden states and the indices of real tokens to a batch.
 
         Args:
             batch: a batch on the CPU.
             layers: teacher layers whose states are added, if they are stored.
-            pin: whether to pin the batch's memory, which a GPU can copy while it computes.
+            pin: whether to pin the batch's memory, so that a GPU can copy it asynchronously.
         """
         ready = located(batch)
         if isinstance(self.source, StateCache):
@@ -155,7 +156,7 @@ class TeacherStates:
 
 
 def pinned(batch: Any) -> Any:
-    """Return a batch, or a tensor of it, in pinned memory, which a GPU copies asynchronously."""
+    """Return a batch (or a tensor) in pinned memory, which a GPU can copy asynchronously."""
     if isinstance(batch, dict):
         return {name: pinned(value) for name, value in batch.items()}
     return batch.pin_memory()
@@ -169,13 +170,13 @@ def state_cache(
     device: str = "cpu",
     precision: str = "auto",
 ) -> StateCache:
-    """Return the cache of some layers' states, without computing any.
+    """Return the ``StateCache`` of these teacher layers, without computing or reading any states.
 
     Args:
         teacher: the teacher.
-        data: rows and masks, after ``setup``.
+        data: data module after ``setup``.
         layers: teacher layers, from 0; -1 is the embedding output.
-        settings: where and how states are stored.
+        settings: where and how hidden states are stored.
         device: device that the teacher runs on.
         precision: the Trainer's precision.
     """
@@ -197,18 +198,18 @@ def open_states(
     device: str = "cpu",
     precision: str = "auto",
 ) -> TeacherStates:
-    """Open the states for the data's split and the held-out rows, and compute missing ones.
+    """Return the teacher's hidden states for the data's rows; compute and store missing ones.
 
     Args:
         teacher: the teacher.
-        data: rows and masks, after ``setup``.
+        data: data module after ``setup``; states of its training rows and held-out rows are needed.
         layers: teacher layers, from 0; -1 is the embedding output.
-        settings: where states are stored, and how much of the disk they may take.
-        device: device that the teacher runs on while states are computed.
+        settings: where states are stored, and how much disk they may take.
+        device: device that the teacher runs on.
         precision: the Trainer's precision; with 32-true, the teacher is in float32 on a GPU too.
 
     Raises:
-        UserError: the cache is within ``settings.max_gb``, but the disk has too little room for it.
+        UserError: the states fit in ``settings.max_gb``, but not on the disk.
     """
     cache = state_cache(teacher, data, layers, settings, device, precision)
     source = _build(cache, LiveTeacher(teacher.model, precision), data, settings, device)
@@ -230,7 +231,7 @@ def open_states(
 def _build(
     cache: StateCache, live: LiveTeacher, data: KDDataModule, settings: StatesSettings, device: str
 ) -> StateSource:
-    """Return the cache, built for the needed rows; if that is over budget, the live teacher."""
+    """Return ``cache``, built for the needed rows, or ``live`` if ``max_gb`` is too little."""
     row_ids = _needed(data)
     gb, missing_gb = cache.num_bytes(row_ids) / 1e9, cache.num_missing_bytes(row_ids) / 1e9
     if gb > settings.max_gb:
@@ -261,7 +262,7 @@ def _needed(data: KDDataModule) -> np.ndarray:
 def _computing(
     cache: StateCache, live: LiveTeacher, data: KDDataModule, device: str
 ) -> tuple[BatchStates, int]:
-    """Return the first two arguments of ``cache.build``: the teacher, and the tokens of a batch."""
+    """Return arguments of ``cache.build``: a function from batch to states, tokens per batch."""
     batch_tokens = data.settings.batch_tokens
     if device == "cpu":
         batch_tokens = min(batch_tokens, CPU_BATCH_TOKENS)
@@ -277,12 +278,12 @@ def build_share(
     share: int,
     num_shares: int,
 ) -> None:
-    """Compute one device's share of the states that ``open_states`` needs.
+    """Compute one device's share of the teacher states that ``open_states`` needs.
 
     Args:
         cache: the cache, from ``state_cache``.
         teacher: the teacher.
-        data: rows and masks, after ``setup``.
+        data: data module after ``setup``.
         device: device that the teacher runs on.
         precision: the Trainer's precision.
         share: number of this share, from 0.
@@ -294,14 +295,14 @@ def build_share(
 
 
 def is_missing(cache: StateCache, data: KDDataModule, settings: StatesSettings) -> bool:
-    """Return whether the cache is within the disk budget and lacks states of needed rows."""
+    """Return whether the needed states are within ``max_gb`` and some are not stored yet."""
     row_ids = _needed(data)
     is_within = cache.num_bytes(row_ids) / 1e9 <= settings.max_gb
     return is_within and cache.num_missing_bytes(row_ids) > 0
 
 
 def _sha256(path: Path, value: Any) -> str:
-    """Hash the measured values and their path, which has the cache's key and the number of rows."""
+    """Return the hash of a JSON value and of the last two parts of its file's path."""
     bound = [path.parent.name, path.name, value]
     return hashlib.sha256(json.dumps(bound, sort_keys=True).encode()).hexdigest()
 
@@ -315,7 +316,7 @@ def _write_measured(path: Path, stats: dict[int, LayerStats], ends: ShareEnds) -
 def _read_measured(
     path: Path, has_lock: bool = False
 ) -> tuple[dict[int, LayerStats], ShareEnds] | None:
-    """Read values that were measured before; None if the file is missing or damaged."""
+    """Read stored results of ``measure``; None if the file is missing or damaged."""
     try:
         found = read_json(path)
         if found.pop("sha256") == _sha256(path, found):
@@ -342,13 +343,13 @@ def measure(
     data: KDDataModule,
     device: str,
 ) -> tuple[dict[int, LayerStats], ShareEnds]:
-    """Measure reference values for students' errors, the same for every split and rank.
+    """Measure reference values for students' errors; they are the same for every split and rank.
 
     Args:
         model: the teacher's encoder.
-        source: gives the teacher's states of a batch.
-        layers: teacher layers, ascending; the contextual share is measured on the last.
-        data: rows and masks, after ``setup``.
+        source: gives the teacher's hidden states of a batch.
+        layers: teacher layers, ascending; ``ShareEnds`` is measured on the last.
+        data: data module after ``setup``.
         device: device that the teacher runs on.
     """
     model.to(device)  # type: ignore[arg-type]
@@ -360,7 +361,7 @@ def measure(
 def _ends(
     model: PreTrainedModel, source: StateSource, layer: int, data: KDDataModule, device: str
 ) -> ShareEnds:
-    """Measure both ends of the contextual share with the probe and batches used for students."""
+    """Measure the errors for which ``contextual_share`` is 0 and 1, on the held-out rows."""
     width = model.config.hidden_size
     # sync_on_compute is off: one rank measures while the others wait.
     context_free, teacher = (
@@ -382,11 +383,11 @@ def _stats(
     data: KDDataModule,
     device: str,
 ) -> dict[int, LayerStats]:
-    """Measure the variance of each layer, and the error of its best context-free predictor.
+    """Measure each layer's variance, and the error of predicting it without context.
 
-    The predictor is a linear map from the embedding output. It is fitted on about ``STATS_TOKENS``
-    tokens of the ``mini`` training rows, whatever the split of ``data``, and measured on as many
-    tokens of held-out rows.
+    The prediction is a linear map from the embedding output. It is fitted on about ``STATS_TOKENS``
+    tokens of the training rows of the ``mini`` split, and its error is measured on as many tokens
+    of the held-out rows.
     """
     embedded, states = [], []
     for ids in (data.select("mini").train_ids(), data.held_out_ids()):
@@ -414,9 +415,9 @@ def _stats(
 
 
 def sample_batches(data: KDDataModule, sample_ids: np.ndarray, num_tokens: int) -> list[Batch]:
-    """Return batches of some of the rows ``sample_ids``, the same on all ranks.
+    """Return batches of a random sample of rows, with about ``num_tokens`` real tokens in all.
 
-    The batches together have about ``num_tokens`` real tokens, or fewer if the rows have fewer.
+    The sample is the same on all ranks. If the rows have fewer tokens, all are used.
     """
     chosen = np.random.default_rng(0).permutation(sample_ids)
     chosen = chosen[: np.searchsorted(np.cumsum(data.rows.lengths[chosen]), num_tokens) + 1]
@@ -424,7 +425,7 @@ def sample_batches(data: KDDataModule, sample_ids: np.ndarray, num_tokens: int) 
 
 
 def _batches(data: KDDataModule, sample_ids: np.ndarray) -> LengthGroupedBatches:
-    """Return batches of rows as the loader of held-out rows makes them, but all on this rank."""
+    """Return batches of these rows, grouped by length and unshuffled; all of them on this rank."""
     return LengthGroupedBatches(
         data.rows.padded_lengths, sample_ids, data.settings.batch_tokens, shuffle=False
     )

@@ -63,7 +63,7 @@ class StudentArch:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "StudentArch":
-        """Make an architecture from the values of ``to_dict``; refuse unknown or missing fields."""
+        """Make a StudentArch from the result of ``to_dict``; refuse unknown or missing fields."""
         names = [*_SIZES, "hidden_act"]
         for name in values:
             if name not in names:
@@ -73,7 +73,7 @@ class StudentArch:
         missing = [name for name in _SIZES if name not in values]
         if missing:
             raise UserError(
-                f"The student architecture lacks {', '.join(missing)}: give every size."
+                f"The student architecture lacks {', '.join(missing)}: give all five fields."
             )
         return cls(**values)
 
@@ -92,9 +92,9 @@ def kept_layers(num_student_layers: int, num_teacher_layers: int) -> list[int]:
 
     For a student of L_s layers and a teacher of L_t these are ``0, ..., L_s - 2`` and ``L_t - 1``;
     a student of one layer is made from layer 0. Attention between two sentences needs consecutive
-    layers: made from four evenly spread layers, a student of half the width keeps a third less of
-    its teacher's STS-B score. Of a teacher of six layers, students of two to four layers are better
-    if they end with the teacher's last layer than with the next consecutive one (LOG.md).
+    layers: a student made from four evenly spread layers instead keeps a third less of its
+    teacher's STS-B score. Ending with the teacher's last layer is better than with the next
+    consecutive one (LOG.md).
 
     Source: Sajjad et al. 2023, "On the effect of dropping layers of pre-trained transformer
     models": symmetric dropping keeps bottom and top layers. How many of each is measured here.

@@ -35,7 +35,7 @@ Shapes = dict[str, tuple[int, ...]]
 
 
 def refuse_special_files(name: str, folder: Path) -> None:
-    """Refuse a folder that holds an adapter, or a pipe or device, whose reading would never end."""
+    """Raise an error for a folder with an adapter, or with a pipe or device that cannot be read."""
     for entry in sorted(os.listdir(folder)):
         try:
             kind = os.stat(folder / entry).st_mode
@@ -43,7 +43,8 @@ def refuse_special_files(name: str, folder: Path) -> None:
             continue
         if not (stat.S_ISREG(kind) or stat.S_ISDIR(kind)):
             raise UserError(
-                f"{str(folder / entry)!r} is a pipe or a device: take a folder of files."
+                f"{str(folder / entry)!r} is a pipe or a device, not a file: use a folder of plain "
+                "files."
             )
     if (folder / "adapter_config.json").exists():
         raise UserError(
@@ -54,8 +55,8 @@ def refuse_special_files(name: str, folder: Path) -> None:
 def read_config(path: Path) -> PreTrainedConfig:
     """Read the config of a checkpoint from its ``config.json``.
 
-    Keys that select an implementation of attention are ignored, because their value can be the name
-    of a code repository.
+    Keys that select an attention implementation are ignored, because they can name a code
+    repository.
 
     Raises:
         UserError: the family is not supported.
@@ -66,7 +67,10 @@ def read_config(path: Path) -> PreTrainedConfig:
     find_family(values.get("model_type"))
     model_type = str(values["model_type"])
     if elsewhere := [key for key in _ELSEWHERE if values.get(key) is not None]:
-        raise ValueError(f"{elsewhere[0]} is set: take a plain checkpoint")
+        raise ValueError(
+            f"config.json sets {elsewhere[0]}, which refers to other files: use a checkpoint "
+            "without it"
+        )
     config_class = CONFIG_MAPPING[model_type]
     known = {*config_class().to_dict(), *config_class.attribute_map, "num_labels"}
     for key in known & values.keys():
@@ -75,7 +79,9 @@ def read_config(path: Path) -> PreTrainedConfig:
         if key == "num_labels":  # each label gets a name
             most = MOST_LABELS
         if isinstance(value, int | float) and not abs(value) <= most:
-            raise ValueError(f"{key} is {value}: no encoder has more than {most:,}")
+            raise ValueError(
+                f"{key} is {value}: more than {most:,} is not plausible for an encoder"
+            )
     values = {key: value for key, value in values.items() if "_implementation" not in key}
     return config_class.from_dict(values)
 
@@ -113,20 +119,26 @@ def _weight_files(folder: Path) -> list[Path]:
             if not (
                 isinstance(shards, dict) and shards and isinstance(content.get("metadata"), dict)
             ):
-                raise UserError(f"{str(index)!r} names no shards: take a whole checkpoint.")
+                raise UserError(f"{str(index)!r} lists no weight files: use a complete checkpoint.")
             names = list(dict.fromkeys(map(str, shards.values())))
             _refuse_elsewhere(index, names)
             if missing := [one for one in names if not os.path.isfile(folder / one)]:
-                raise UserError(f"{str(index)!r} names {missing[0]!r}, which is not there.")
+                raise UserError(
+                    f"{str(index)!r} lists {missing[0]!r}, but this file does not exist: use a "
+                    "complete checkpoint."
+                )
             return [folder / one for one in names]
     return []
 
 
 def _refuse_elsewhere(path: Path, names: list[Any]) -> None:
-    """Refuse the file ``path`` if it refers to files outside its own folder."""
+    """Raise an error if the file ``path`` refers to files outside its own folder."""
     for name in names:
         if not isinstance(name, str) or name != os.path.basename(name) or name in ("", ".", ".."):
-            raise UserError(f"{str(path)!r} names {name!r:.200}, which is not in its folder.")
+            raise UserError(
+                f"{str(path)!r} refers to {name!r:.200}, which is not in the same folder: use a "
+                "checkpoint whose files are in one folder."
+            )
 
 
 def _shapes_of(path: Path) -> Shapes:
@@ -146,32 +158,37 @@ def _shapes_of(path: Path) -> Shapes:
         return {str(key): tuple(tensor.shape) for key, tensor in found.items()}
     except Exception as error:  # on a truncated file, the unpickler raises any exception
         raise UserError(
-            f"{str(path)!r} is truncated or holds more than tensors: save it again as {SAFE}."
+            f"{str(path)!r} is truncated, or holds Python objects other than tensors: save the "
+            f"model again as {SAFE}."
         ) from error
 
 
 def check_sizes(name: str, config: PreTrainedConfig, shapes: Shapes) -> None:
-    """Refuse a config with a size above every tensor's, or over twice the weights' parameters."""
+    """Raise an error if config.json does not fit the weights.
+
+    It does not fit if no tensor has a size that the config names, or if the config describes over
+    twice as many parameters as the weights have.
+    """
     largest = max((size for shape in shapes.values() for size in shape), default=0)
     names = find_family(config.model_type).fields
     for field in ("hidden_size", "intermediate_size", "vocab_size", "num_attention_heads"):
         size = getattr(config, names.get(field, field))
         if not 0 < size <= largest:
             raise UserError(
-                f"The checkpoint {name!r} has the {field} {size} in config.json, and no tensor of "
-                "this size: take a whole checkpoint."
+                f"In config.json of {name!r}, {field} is {size}, but no tensor has this size: use "
+                "a complete checkpoint."
             )
     held = sum(map(math.prod, shapes.values()))
     described = _num_parameters(config)
     if described > 2 * held:  # below, loading the weights names the missing tensors
         raise UserError(
-            f"The checkpoint {name!r} has {described:,} parameters by its config.json, and its "
-            f"weights hold {held:,}: take a whole checkpoint."
+            f"By its config.json, the checkpoint {name!r} has {described:,} parameters, but its "
+            f"weights have {held:,}: use a complete checkpoint."
         )
 
 
 def _num_parameters(config: PreTrainedConfig) -> int:
-    """Count an encoder's parameters without allocating them; 0 if none can be built."""
+    """Return an encoder's number of parameters without allocating them; 0 if it cannot be built."""
     try:
         with torch.device("meta"):
             model = AutoModel.from_config(config, **find_family(config.model_type).build)
@@ -188,7 +205,7 @@ def _read_checked(path: Path) -> dict[str, Any]:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object; refuse duplicate keys, NaN, infinity and very large files."""
+    """Read a JSON object; duplicate keys, NaN, infinity and very large files are an error."""
     if (size := path.stat().st_size) > _MOST_BYTES:
         raise ValueError(f"it has {size:,} bytes")
     content = path.read_text(encoding="utf-8")

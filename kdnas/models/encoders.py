@@ -72,11 +72,11 @@ _NO_ENCODERS = re.compile(
 
 @dataclass(frozen=True)
 class Teacher:
-    """A teacher model that was found and checked, whose weights are not yet read.
+    """A teacher model that was found and checked, but not yet loaded.
 
     Args:
         name: the teacher's name or folder, as the user wrote it.
-        source: the folder or hub name to load from.
+        source: the folder or Hugging Face name to load from.
         config: the model's config; ``config.model_type`` is a key of ``FAMILIES``.
         tokenizer: the model's tokenizer, which has a mask token.
     """
@@ -113,9 +113,9 @@ class Teacher:
         wrong = sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})
         if wrong:
             raise UserError(
-                f"The weights of the teacher {self.name!r} lack {wrong[0]!r}, "
-                "or have it in another shape than config.json says "
-                f"(and {len(wrong) - 1} more): take a whole checkpoint."
+                f"The weights of the teacher {self.name!r} lack {wrong[0]!r}, or its shape differs "
+                f"from config.json (and {len(wrong) - 1} more tensors): use a complete "
+                "checkpoint."
             )
         refuse_unused(self.name, info["unexpected_keys"])
         refuse_no_values(self.name, model)
@@ -124,11 +124,11 @@ class Teacher:
 
     @cached_property
     def model(self) -> PreTrainedModel:
-        """The loaded encoder, read once and shared by all its users: do not change it."""
+        """The encoder, loaded on first use and shared by all callers: do not change it."""
         return self.load()
 
     def sha256(self) -> str:
-        """Return the hash of all that the teacher's hidden states depend on.
+        """Return the hash of everything that the teacher's hidden states depend on.
 
         These are the parameters, and the config without fields for training, heads and labels.
         """
@@ -144,7 +144,7 @@ class Teacher:
 
 
 def refuse_unused(name: str, unexpected_keys: Iterable[str]) -> None:
-    """Refuse a checkpoint with tensors that its model does not use, except heads and poolers.
+    """Raise an error for a checkpoint with unused tensors, except those of heads and poolers.
 
     Args:
         name: name of the checkpoint, for the message.
@@ -154,26 +154,30 @@ def refuse_unused(name: str, unexpected_keys: Iterable[str]) -> None:
     if unused:
         more = f", and {len(unused) - 3} more" if len(unused) > 3 else ""
         raise UserError(
-            f"The weights of {name!r} hold {', '.join(map(repr, unused[:3]))}{more}, which its "
-            "config.json has no use for: does it belong to another model, or say too few layers?"
+            f"The weights of {name!r} hold {', '.join(map(repr, unused[:3]))}{more}, which a model "
+            "of its config.json does not use: check that config.json belongs to these weights and "
+            "has enough layers."
         )
 
 
 @torch.no_grad()
 def refuse_no_values(name: str, model: nn.Module) -> None:
-    """Refuse weights that are not finite, or all zero (except biases), as in a damaged file."""
+    """Raise an error if a tensor has NaN or infinity or, except for biases, is all zero."""
     for key, tensor in model.named_parameters():
         if not tensor.isfinite().all():
-            raise UserError(f"The weights of {name!r} have NaN or infinity in {key!r}.")
+            raise UserError(
+                f"The weights of {name!r} have NaN or infinity in {key!r}: use another checkpoint."
+            )
         # Models that do not use token types keep a table of zeros for them.
         if not ("bias" in key or "token_type" in key or tensor.any()):
             raise UserError(
-                f"The weights of {name!r} are all zero in {key!r}: take a whole checkpoint."
+                f"The tensor {key!r} in the weights of {name!r} is all zero: use a complete "
+                "checkpoint."
             )
 
 
 def state_sha256(state: Mapping[str, torch.Tensor]) -> str:
-    """Return the SHA-256 of a state dict: names, shapes, types and bytes, in the order of names."""
+    """Return the SHA-256 of a state dict: of each tensor's name, shape, dtype and bytes, sorted."""
     digest = hashlib.sha256()
     for name, tensor in sorted(state.items()):
         digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
@@ -182,7 +186,7 @@ def state_sha256(state: Mapping[str, torch.Tensor]) -> str:
 
 
 def find_teacher(name: str) -> Teacher:
-    """Find a teacher and check it; a model that cannot serve as a teacher is refused.
+    """Find a teacher by its name, and check that it can be used as a teacher.
 
     Args:
         name: ``quickstart`` (all-MiniLM-L6-v2 from the package index), a folder, or a name on the
@@ -193,9 +197,9 @@ def find_teacher(name: str) -> Teacher:
 
     Raises:
         HubAway: the hub does not answer.
-        UserError: there is no such checkpoint; it is a decoder, its family is not supported, or it
-            has relative positions; it has no tokenizer or no mask token; its tokenizer belongs to
-            another model; or its weights are truncated.
+        UserError: the checkpoint does not exist, is a decoder or of an unsupported family, has
+            relative positions, no tokenizer or no mask token, a tokenizer of another model, or
+            truncated weights.
     """
     source = _quickstart_folder() if name == QUICKSTART else name
     if os.path.isdir(source):
@@ -204,7 +208,7 @@ def find_teacher(name: str) -> Teacher:
     heads = str(config.architectures)
     if getattr(config, "is_decoder", False) or "CausalLM" in heads or "LMHead" in heads:
         raise UserError(
-            f"{name!r} is a decoder ({config.model_type}): take an encoder ({titles()})."
+            f"{name!r} is a decoder ({config.model_type}): give an encoder ({titles()})."
         )
     refuse_relative_positions(name, config)
     if os.path.isdir(source):
@@ -213,7 +217,9 @@ def find_teacher(name: str) -> Teacher:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except Exception as error:  # the tokenizers library raises bare Exception
         refuse_away(error, f"The tokenizer of {name!r} is not here", "give a folder")
-        raise UserError(f"{name!r} has no tokenizer that loads: {first_line(error)}.") from error
+        raise UserError(
+            f"The tokenizer of {name!r} cannot be loaded: {first_line(error)}."
+        ) from error
     _check_tokenizer(name, tokenizer, config)
     match_marks(tokenizer, config)
     return Teacher(name, source, config, tokenizer)
@@ -244,7 +250,8 @@ def _check_tokenizer(
 ) -> None:
     if tokenizer.mask_token_id is None or tokenizer.pad_token_id is None:
         raise UserError(
-            f"The tokenizer of {name!r} has no mask or no padding token: take a masked-LM encoder."
+            f"The tokenizer of {name!r} has no mask or no padding token: give a masked language "
+            "model."
         )
     # A slow tokenizer cannot tell where a pair was cut, and cannot be exported for predict.py.
     if not tokenizer.is_fast:
@@ -255,8 +262,8 @@ def _check_tokenizer(
     num_tokens = max(tokenizer.get_vocab().values()) + 1
     if num_tokens > config.vocab_size:
         raise UserError(
-            f"The tokenizer of {name!r} has {num_tokens} tokens, and the model only "
-            f"{config.vocab_size}: take the tokenizer that belongs to it."
+            f"The tokenizer of {name!r} has {num_tokens} tokens, but the model only "
+            f"{config.vocab_size}: use the tokenizer that belongs to the model."
         )
     for role in ("pad", "bos", "eos", "cls", "sep", "mask"):
         key = f"{role}_token_id"
@@ -264,13 +271,13 @@ def _check_tokenizer(
         theirs = getattr(config, key, None)
         if ours is not None and isinstance(theirs, int) and ours != theirs:
             raise UserError(
-                f"The tokenizer of {name!r} has the {key} {ours}, and the model's config.json "
-                f"{theirs}: take the tokenizer that belongs to it, or correct config.json."
+                f"The tokenizer of {name!r} has the {key} {ours}, but the model's config.json has "
+                f"{theirs}: use the tokenizer that belongs to the model, or correct config.json."
             )
 
 
 def refuse_other_inputs(student: Teacher, teacher: Teacher) -> None:
-    """Refuse a student whose tokenizer or longest input differs from its teacher's."""
+    """Raise an error if a student's tokenizer or longest input differs from its teacher's."""
     ours, theirs = student.tokenizer, teacher.tokenizer
     our_ids, their_ids = ours(_PROBE)["input_ids"], theirs(_PROBE)["input_ids"]
     longest, their_longest = max_length(student.config), max_length(teacher.config)
@@ -283,8 +290,8 @@ def refuse_other_inputs(student: Teacher, teacher: Teacher) -> None:
     else:
         return
     raise UserError(
-        f"{student.name!r} does not read text as {teacher.name!r} does: {reason}. "
-        "Take a student of this teacher."
+        f"{student.name!r} reads text differently from its teacher {teacher.name!r}: {reason}. Use "
+        "a student of this teacher."
     )
 
 
@@ -303,7 +310,7 @@ def _quickstart_folder() -> str:
 
 
 def build_student(teacher_config: PreTrainedConfig, arch: StudentArch) -> PreTrainedModel:
-    """Build an encoder of the teacher's family and of the shape ``arch``, with random weights."""
+    """Build an encoder of the teacher's family with the shape ``arch`` and random weights."""
     return build_encoder(student_config(teacher_config, arch))
 
 
@@ -315,19 +322,19 @@ def build_encoder(config: PreTrainedConfig) -> PreTrainedModel:
 
 
 def matmul_dtype(model: PreTrainedModel) -> torch.dtype:
-    """Return the precision of a model's matmuls: autocast's if it is on, else the weights'."""
+    """Return the dtype of a model's matrix products: autocast's if it is on, else the weights'."""
     device = model.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else model.dtype
 
 
 def additive_mask(mask_BT: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Return the mask to add to attention scores, (B, 1, 1, T): 0, but very low on padding."""
+    """Return the mask (B, 1, 1, T) to add to attention scores: 0, but very low at padding."""
     mask = torch.zeros(mask_BT.shape, dtype=dtype, device=mask_BT.device)
     return mask.masked_fill_(~mask_BT, torch.finfo(dtype).min)[:, None, None, :]
 
 
 def encode(model: PreTrainedModel, batch: Mapping[str, Any], maps: bool = False) -> BaseModelOutput:
-    """Run a model; ``hidden_states`` of the output are the embeddings' and each layer's, (B, T, H).
+    """Run a model; return its output with ``hidden_states``, (B, T, H), of embeddings and layers.
 
     With ``maps``, which needs eager attention, the output also has ``attentions``, (B, A, T, T) for
     each layer. A mask is passed to the model only if there is padding: attention is faster without
@@ -344,7 +351,7 @@ def encode(model: PreTrainedModel, batch: Mapping[str, Any], maps: bool = False)
 
 
 def has_padding(batch: Mapping[str, Any]) -> bool:
-    """Return whether a batch has padding; with its ``real_tokens``, this needs no device sync."""
+    """Return whether a batch has padding; if it has ``real_tokens``, without a device sync."""
     if "real_tokens" in batch:
         return len(batch["real_tokens"]) < batch["input_ids"].numel()
     return not bool(batch["attention_mask"].all())
@@ -377,7 +384,7 @@ def embedding_norm(model: PreTrainedModel) -> Any:
 
 
 def build_classifier(config: PreTrainedConfig, num_labels: int = 2) -> PreTrainedModel:
-    """Build an encoder with a classification head, randomly initialised; 1 label: regression."""
+    """Build an encoder with a random classification head; ``num_labels`` 1 means regression."""
     config = copy.deepcopy(config)
     config.num_labels = num_labels
     config.problem_type = None
@@ -387,7 +394,7 @@ def build_classifier(config: PreTrainedConfig, num_labels: int = 2) -> PreTraine
 
 
 def load_classifier(source: str | Path, num_labels: int) -> PreTrainedModel:
-    """Load a checkpoint as a classifier; a missing or unfitting pooler or head is random.
+    """Load a checkpoint as a classifier; a missing or differently shaped head is random.
 
     Raises:
         UserError: a tensor is not finite, or all zero.
@@ -407,5 +414,5 @@ def load_classifier(source: str | Path, num_labels: int) -> PreTrainedModel:
 
 
 def num_parameters(model: nn.Module) -> int:
-    """Count a model's parameters; a parameter that several layers share counts once."""
+    """Count a model's parameters; parameters that several layers share count once."""
     return sum(parameter.numel() for parameter in model.parameters())

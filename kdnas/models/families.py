@@ -42,19 +42,19 @@ class Family:
     """A family of encoders, described by how it differs from BERT.
 
     Args:
-        title: name of the family in messages.
+        title: name of the family, such as ``BERT``.
         layers: function from a model to its transformer layers, in order (ALBERT's shared layers
             are repeated).
         names: names of the parts of a layer.
         fields: field of ``StudentArch`` -> its name in the family's config, if that differs.
-        follows: function from the teacher's config and a student's shape to the other config fields
+        follows: function from the teacher's config and a student's shape to further config fields
             that must change with the shape.
         max_length: function from a config to the longest input, in tokens.
         build: arguments for ``AutoModel`` that leave out the pooler (an unused one breaks DDP).
         mapping: name of the linear map from embedding width to hidden size; None: there is none.
         scores: function from a model, a layer number, queries and keys (B, A, T, D) to attention
             scores before the softmax, (B, A, T, T). None: ``q k^T / sqrt(D)``.
-        own_mask: whether the model accepts only masks of shape (B, T).
+        own_mask: whether the model accepts only attention masks of shape (B, T), not additive ones.
         norm_first: whether layer norms come before attention and feed-forward part, not after.
         even_heads: whether a head needs an even size (rotary positions use pairs of dimensions).
     """
@@ -74,7 +74,10 @@ class Family:
 
 
 def dot_scores(query_BATD: Tensor, key_BATD: Tensor, parts: int = 1) -> Tensor:
-    """Return one of ``parts`` terms of scores: ``q(n) k(m)^T / sqrt(D * parts)``, (B, A, T, T)."""
+    """Return attention scores ``q(n) k(m)^T / sqrt(D * parts)``, (B, A, T, T).
+
+    ``parts`` is the number of score terms that are added up, as in DeBERTa.
+    """
     return (query_BATD * (query_BATD.shape[-1] * parts) ** -0.5) @ key_BATD.transpose(-1, -2)
 
 
@@ -84,13 +87,13 @@ def _albert_layers(model: Any) -> list[nn.Module]:
 
 
 def _mpnet_scores(model: Any, layer: int, query: Tensor, key: Tensor) -> Tensor:
-    """Return scores with MPNet's bias for each distance and head, the same in all layers."""
+    """Return MPNet's attention scores, with one bias per distance and head for all layers."""
     bias = model.encoder.compute_position_bias(query[:, 0])
     return dot_scores(query, key) + bias.to(query.dtype)
 
 
 def _deberta_scores(model: Any, layer: int, query: Tensor, key: Tensor) -> Tensor:
-    """Return scores with DeBERTa's products of queries and keys with relative positions."""
+    """Return DeBERTa's attention scores: with products of queries, keys and relative positions."""
     attention = model.encoder.layer[layer].attention.self
     parts = 1 + len({"c2p", "p2c"} & set(attention.pos_att_type))
     scores = dot_scores(query, key, parts)
@@ -103,7 +106,7 @@ def _deberta_scores(model: Any, layer: int, query: Tensor, key: Tensor) -> Tenso
 
 
 def _modernbert_scores(model: Any, layer: int, query: Tensor, key: Tensor) -> Tensor:
-    """Return scores of queries and keys rotated by position, masked outside the layer's window."""
+    """Return ModernBERT's attention scores: rotary, and masked outside a layer's local window."""
     module = model.layers[layer]
     places = torch.arange(query.shape[2], device=query.device)
     cos, sin = model.rotary_emb(query, places[None], module.attention_type)
@@ -116,7 +119,10 @@ def _modernbert_scores(model: Any, layer: int, query: Tensor, key: Tensor) -> Te
 
 
 def _own_width(config: Any, arch: StudentArch) -> dict[str, Any]:
-    """Return a new embedding width, the student's hidden size, if the teacher's two are equal."""
+    """Return a student's embedding width as config fields, if it must follow the hidden size.
+
+    This is so if embedding width and hidden size are equal in the teacher.
+    """
     if config.embedding_size == config.hidden_size:
         return {"embedding_size": arch.hidden_size}
     return {}
@@ -236,15 +242,15 @@ FAMILIES: Mapping[str, Family] = {
 
 
 def family_of(config: PreTrainedConfig) -> Family:
-    """Return the family of the model that a config describes."""
+    """Return the ``Family`` (BERT, RoBERTa, ...) of a model's config."""
     return find_family(config.model_type)
 
 
 def find_family(model_type: Any) -> Family:
-    """Return the family for a config's ``model_type``; raise a UserError if there is none."""
+    """Return the ``Family`` for a config's ``model_type``; raise a UserError if there is none."""
     if str(model_type) not in FAMILIES:
         raise UserError(
-            f"The family {model_type!r} is not supported: take an encoder ({titles()})."
+            f"The model family {model_type!r} is not supported: give an encoder ({titles()})."
         )
     return FAMILIES[model_type]
 
@@ -265,12 +271,12 @@ def marks_pairs(config: PreTrainedConfig) -> bool:
 
 
 def refuse_relative_positions(name: str, config: PreTrainedConfig) -> None:
-    """Refuse a model with relative positions, whose weights transformers 5 silently drops."""
+    """Raise an error for BERT's relative positions, whose weights transformers 5 drops."""
     kind = getattr(config, "position_embedding_type", "absolute")
     if kind != "absolute":
         raise UserError(
-            f"{name!r} has the position_embedding_type {kind!r}, which transformers 5 "
-            "does not compute: take one with absolute positions."
+            f"{name!r} has position_embedding_type {kind!r}, which transformers 5 does not "
+            "support: use a model with absolute positions."
         )
 
 
@@ -293,7 +299,7 @@ def name_classes(config: PreTrainedConfig, names: Sequence[str]) -> None:
 def match_marks(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> None:
     """Make a tokenizer return ``token_type_ids`` if and only if the model uses them.
 
-    ALBERT's tokenizer returns none although the model uses them; other models reject them.
+    ALBERT's tokenizer omits them although ALBERT uses them; other models reject them.
     """
     names = list(tokenizer.model_input_names)
     if not marks_pairs(config):
@@ -312,20 +318,20 @@ def arch_of(config: PreTrainedConfig) -> StudentArch:
 
 
 def check_heads(config: PreTrainedConfig, width: int, num_heads: int) -> None:
-    """Refuse an odd head size, ``width / num_heads``, if the family needs an even one."""
+    """Raise an error if the family needs an even head size, but ``width / num_heads`` is odd."""
     family = family_of(config)
     if family.even_heads and width // num_heads % 2:
         raise UserError(
-            f"hidden_size {width} and num_attention_heads {num_heads} make heads of "
-            f"{width // num_heads}: heads of {family.title} must have an even size."
+            f"hidden_size {width} and num_attention_heads {num_heads} make heads of size "
+            f"{width // num_heads}, but {family.title} needs an even size: change one of the two."
         )
 
 
 def student_config(teacher_config: PreTrainedConfig, arch: StudentArch) -> PreTrainedConfig:
     """Return a student's config: the teacher's with the student's shape.
 
-    Vocabulary, positions, padding id and eps stay the teacher's; fields that depend on the shape
-    change with it. An activation that transformers does not know is refused.
+    Vocabulary, positions, padding id and eps stay the same. An activation that transformers does
+    not know raises a UserError.
     """
     family = family_of(teacher_config)
     if arch.hidden_act not in ACT2FN:
@@ -345,7 +351,7 @@ def student_config(teacher_config: PreTrainedConfig, arch: StudentArch) -> PreTr
 
 
 def attention_part(family: Family, layer: nn.Module, part: str) -> tuple[Tensor, Tensor | None]:
-    """Return weight (H, H) and bias (H) of a layer's ``query``, ``key`` or ``value`` map."""
+    """Return weight (H, H) and bias (H) of a layer's query, key or value map (``part``)."""
     names = family.names
     linear: Any = layer.get_submodule(getattr(names, part))
     if names.query != names.key:

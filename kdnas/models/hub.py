@@ -19,7 +19,7 @@ class HubAway(OSError):
 
 @contextmanager
 def from_hub(lacking: str, repo: str, repo_type: str, instead: str, if_none: str) -> Iterator[None]:
-    """Wrap code that loads from the hub, and turn its errors into messages with a remedy.
+    """Context manager for loading from the hub: turns errors into messages with a remedy.
 
     Args:
         lacking: start of the message: what does not exist on this machine.
@@ -44,7 +44,9 @@ def from_hub(lacking: str, repo: str, repo_type: str, instead: str, if_none: str
     except Exception as error:  # includes the HTTP client's own errors
         remedy = f"give {instead}, or HF_HUB_OFFLINE=1 for one in the cache"
         refuse_away(error, lacking, remedy)
-        raise UserError(f"{lacking}, nor {place}: {first_line(error)}; {if_none}.") from error
+        raise UserError(
+            f"{lacking}, and it was not found {place}: {first_line(error)}; {if_none}."
+        ) from error
 
 
 def refuse_away(error: BaseException, lacking: str, remedy: str) -> None:

@@ -10,7 +10,7 @@ from kdnas.system.errors import UserError
 
 
 def spread(num_chosen: int, num_all: int) -> list[int]:
-    """Return k = ``num_chosen`` evenly spread numbers of 0 .. n - 1, with the first and the last.
+    """Return k = ``num_chosen`` evenly spread numbers from 0 to n - 1, including both ends.
 
     Number i is ``floor(i (n - 1) / (k - 1) + 1/2)`` with n = ``num_all``; for k = 1 it is 0.
     """
@@ -21,48 +21,52 @@ def spread(num_chosen: int, num_all: int) -> list[int]:
 
 
 class LayerMapping(ABC):
-    """A rule that maps each student layer to the teacher layers it learns from, if any."""
+    """Base class of rules that say which teacher layers each student layer learns from."""
 
     @abstractmethod
     def layers(self, layer: int, num_student: int, num_teacher: int) -> tuple[int, ...]:
-        """Return the teacher layers that the student layer ``layer`` learns from.
+        """Return the teacher layers that the student layer ``layer`` learns from, in order.
 
-        The projection of the student layer's states predicts these layers in this order.
+        The student layer's projection predicts their hidden states in this order.
         """
 
     def __call__(self, num_student: int, num_teacher: int) -> list[tuple[int, ...]]:
         """Return the teacher layers that each student layer learns from.
 
         Returns:
-            L_s tuples of numbers of teacher layers.
+            For each student layer, a tuple of numbers of teacher layers.
 
         Raises:
-            UserError: the student has more layers than the teacher, or the rule names a layer that
-                does not exist.
+            UserError: the student has more layers than the teacher, or the rule returns a teacher
+                layer that does not exist.
         """
         if not 1 <= num_student <= num_teacher:
             raise UserError(
-                f"A student of {num_student} layers cannot learn from a teacher of "
-                f"{num_teacher}: give it 1 to {num_teacher}."
+                f"A student of {num_student} layers cannot learn from a teacher of {num_teacher} "
+                f"layers: give it 1 to {num_teacher} layers."
             )
         pairs = [self.layers(i, num_student, num_teacher) for i in range(num_student)]
         for layer in {layer for pair in pairs for layer in pair}:
             if not 0 <= layer < num_teacher:
                 raise UserError(
-                    f"The mapping names teacher layer {layer}: there are 0 to {num_teacher - 1}."
+                    f"The mapping uses teacher layer {layer}, but the teacher has only layers 0 to "
+                    f"{num_teacher - 1}."
                 )
         return pairs
 
 
 class Last(LayerMapping):
-    """Map the student's layers to the teacher's last L_s: i to ``L_t - L_s + i``."""
+    """Map student layer i to ``L_t - L_s + i``: the teacher's last L_s layers.
+
+    L_s and L_t are the numbers of layers of student and teacher.
+    """
 
     def layers(self, layer: int, num_student: int, num_teacher: int) -> tuple[int, ...]:
         return (num_teacher - num_student + layer,)
 
 
 class Skip(LayerMapping):
-    """Map student layer i to every k-th teacher layer: ``i * floor(L_t / L_s)``.
+    """Map student layer i to teacher layer ``i * floor(L_t / L_s)``, of L_s and L_t layers in all.
 
     The original implementation of KD-NAS has this rule in its README; its code uses ``floor(i * L_t
     / L_s)``. For a teacher of 12 layers, the two differ for students of 5, or of 7 to 10 layers.
@@ -81,7 +85,10 @@ class LastAndSkip(LayerMapping):
 
 
 class Even(LayerMapping):
-    """Map student layer i to ``round((i + 1) * L_t / L_s) - 1``: evenly spread, with the last."""
+    """Map student layer i to ``round((i + 1) * L_t / L_s) - 1``: evenly spread, last included.
+
+    L_s and L_t are the numbers of layers of student and teacher.
+    """
 
     def layers(self, layer: int, num_student: int, num_teacher: int) -> tuple[int, ...]:
         # Halves are rounded up: round() would round them to the even neighbour.
@@ -90,7 +97,7 @@ class Even(LayerMapping):
 
 
 class LastLayer(LayerMapping):
-    """Map the student's last layer to the teacher's last, and the other layers to none."""
+    """Map the student's last layer to the teacher's last layer; other layers learn from none."""
 
     def layers(self, layer: int, num_student: int, num_teacher: int) -> tuple[int, ...]:
         is_last = layer == num_student - 1

@@ -18,29 +18,29 @@ from kdnas.training.trainer import TrainerSettings
 
 @dataclass(frozen=True)
 class Bench:
-    """What is needed to train a candidate and to score it, besides its shape.
+    """What all candidates of a search share: teacher, data, settings and budget.
 
-    A candidate is a student of one shape. It is trained briefly, which is called mini-KD.
+    A candidate is a student of one shape. Its short training is called mini-KD.
 
     Args:
         teacher: the teacher of all candidates.
         states: the teacher's hidden states for the rows of ``data``.
         data: data module; candidates are trained on its ``mini`` split.
-        recipe: settings of the distillation, such as the objective.
+        recipe: settings of the distillation, such as the loss.
         meter: measures the latency of a student and of the teacher.
-        measures_first: measure latency and check the budget before the fit. False: measure latency
-            after the fit, and do not check the budget.
-        budget: hard limits on latency and size; a candidate beyond any of them is not trained.
+        measures_first: measure latency and check the budget before training. False: measure latency
+            after training, and do not check the budget.
+        budget: hard limits on latency and size; a candidate that breaks a limit is not trained.
         trainer: settings of each candidate's Trainer.
         num_epochs: epochs of a candidate's mini-KD.
-        loss: loss from which the reward is computed: ``held_out``, the loss on held-out rows, or
-            ``train``, the mean training loss; both of the last epoch.
+        loss: the loss in the reward, after the last epoch: ``held_out`` (on held-out rows) or
+            ``train`` (mean training loss).
         alpha: exponent of the latency factor in ``reward``.
         beta: latency, as a share of the teacher's, at which the latency factor is 1.
-        seed: seed of the training of each candidate, the same for all.
+        seed: random seed with which each candidate is trained.
         is_pruned: report the held-out loss to the study's pruner after each epoch.
-        stillness: lock by which no candidate trains on this machine while latency is measured.
-            Training holds it for reading, measuring for writing.
+        stillness: read-write lock that stops training on this machine while latency is measured:
+            training takes it for reading, measuring for writing.
     """
 
     teacher: Teacher
@@ -61,5 +61,5 @@ class Bench:
 
     @cached_property
     def calibration(self) -> CalibrationRows:
-        """Rows of the ``mini`` split from which the initial weights of students are computed."""
+        """Training rows on which students are initialised, from the ``mini`` split; cached."""
         return calibration_rows(self.data.select("mini"))

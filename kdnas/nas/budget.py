@@ -9,7 +9,7 @@ from kdnas.system.errors import UserError
 
 @dataclass(frozen=True)
 class Budget:
-    """Hard limits on a student's latency and size; None: no such limit.
+    """Hard limits on a student's latency and size; None: no limit.
 
     Latency does not depend on the weights, so the limits are checked before a candidate is trained.
 
@@ -33,15 +33,15 @@ class Budget:
                 raise UserError(f"The budget {name} is {value}: give a number above 0.")
 
     def violation(self, latency: ArchLatency) -> tuple[float, str]:
-        """Compare a student with the limits.
+        """Return by how much a student exceeds the budget, as a share and as text.
 
         Args:
             latency: latency and size of the student, and latency of the teacher.
 
         Returns:
-            The share by which the student exceeds a limit, and a text with its value and the limit.
-                Of several limits it is the one exceeded most. The share is relative to the limit:
-                0.1 is 10 % beyond. Within all limits, the result is ``(0.0, "")``.
+            The excess as a share of the limit (0.1: 10 % beyond), and a text with the student's
+            value and the limit. If several limits are exceeded, both are of the limit with the
+            largest excess. If none is, ``(0.0, "")``.
         """
         found = [(0.0, "")]
         if self.speedup is not None:

@@ -24,12 +24,12 @@ LOOK_STEPS = 10
 
 
 class TrainingLoss(pl.Callback):
-    """Records the mean training loss of the last epoch; ends the fit if a loss is NaN or infinite.
+    """Callback that records the last epoch's mean loss; ends the fit at a NaN or infinite loss.
 
-    No later step would recover from such a loss. Losses are checked every ``LOOK_STEPS`` steps.
+    Losses are checked every ``LOOK_STEPS`` steps.
 
     Raises:
-        CandidateFailed: in the fit, at a loss that is NaN or infinite.
+        CandidateFailed: raised during the fit if a loss is NaN or infinite.
     """
 
     def __init__(self) -> None:
@@ -67,16 +67,16 @@ class TrainingLoss(pl.Callback):
 
 
 class PruneByHeldOutLoss(pl.Callback):
-    """Reports ``1 - loss`` on held-out rows to the pruner after each epoch, and ends a pruned fit.
+    """Callback that reports ``1 - held-out loss`` to the pruner each epoch, and ends pruned fits.
 
-    After the last epoch the pruner is not asked. The pruner knows the loss alone, while a candidate
-    that is fully trained can be judged by its reward.
+    After the last epoch the pruner is not asked: the candidate is then scored by its reward, while
+    the pruner knows only the loss.
 
     Args:
-        reporter: passes the reports on to the search, which asks the pruner; None: no pruner.
+        reporter: passes the reports to the search process, which asks the pruner; None: no pruner.
 
     Raises:
-        TrialPruned: in the fit, if the pruner ends it.
+        TrialPruned: raised during the fit if the pruner ends it.
     """
 
     def __init__(self, reporter: Reporter | None) -> None:
@@ -98,13 +98,14 @@ class PruneByHeldOutLoss(pl.Callback):
 
 
 class HoldStill(pl.Callback):
-    """Holds a lock while a candidate trains, and releases it for a moment after each batch.
+    """Callback that holds a lock during training, and releases it briefly after each batch.
 
-    In that moment another process can take the lock, to measure latency while nothing trains.
-    Before the first batch, while the student is initialised, the lock is released after the forward
-    pass of each module.
+    Another process can then take the lock, to measure latency while nothing trains. Before the
+    first batch, while the student is initialised, the lock is released after the forward pass of
+    each module.
 
-    Use it as a context manager around the fit, and give it to the Trainer as a callback.
+    Use the object as a context manager around the fit, and also give it to the Trainer as a
+    callback.
 
     Args:
         lock: held for reading while a candidate trains, for writing while latency is measured.
@@ -131,7 +132,7 @@ class HoldStill(pl.Callback):
 
     @contextmanager
     def alone(self) -> Iterator[None]:
-        """Hold the lock for writing: in the context, no other candidate trains on this machine."""
+        """Context manager in which no other candidate trains here: holds the lock for writing."""
         self.lock.release()
         with self.lock.write_lock():
             yield
@@ -145,15 +146,14 @@ class HoldStill(pl.Callback):
 
 
 class LatencyAfterFit(pl.Callback):
-    """Measures the latency of the student and of its teacher after the fit.
+    """Callback that measures the latency of student and teacher after the fit.
 
-    The attribute ``latency`` then has the result. If the meter has measured the student's shape
-    before the fit, to check the budget, that result is reused.
+    The result is the attribute ``latency``. A measurement from before the fit (to check the budget)
+    is reused.
 
     Args:
-        meter: measures latency, on the device of its own settings.
-        still: callback by whose lock no other candidate trains on this machine while latency is
-            measured.
+        meter: measures latency; its settings name the device.
+        still: callback whose lock stops training of other candidates while latency is measured.
     """
 
     def __init__(self, meter: LatencyMeter, still: HoldStill) -> None:
@@ -167,13 +167,13 @@ class LatencyAfterFit(pl.Callback):
 
 
 class RewardAfterFit(pl.Callback):
-    """Computes the reward from loss and latency, and logs it to TensorBoard's HPARAMS tab.
+    """Callback that computes the reward from loss and latency, for TensorBoard's HPARAMS tab.
 
     The tab also shows loss and latency, and the shape of the student.
 
     Args:
-        loss: loss of the last epoch from which to compute the reward: ``held_out``, the loss on
-            held-out rows, or ``train``, the mean training loss.
+        loss: the loss in the reward, after the last epoch: ``held_out`` (on held-out rows) or
+            ``train`` (mean training loss).
         training: callback that records the training loss.
         latency: callback that measures latency; it must come before this one in the Trainer's
             list.

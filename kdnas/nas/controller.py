@@ -46,7 +46,7 @@ class ModelRanking(Generic[Arch]):
     def of(
         cls, trained: Sequence[tuple[Arch, float]], num_candidates: int, episode: int | None = None
     ) -> "ModelRanking[Arch]":
-        """Rank the trained candidates; of two with the same reward, the earlier one is better.
+        """Find the best candidates: of all, of an episode and of the episode before.
 
         Args:
             trained: distinct candidates with their rewards (higher is better), in order of
@@ -73,7 +73,7 @@ class ModelRanking(Generic[Arch]):
 
 
 def exploration_ratio(num_trained: int, num_candidates: int, num_episodes: int) -> float:
-    """Return the probability that the next pick explores, instead of trusting the predictions.
+    """Return the probability that the next pick explores instead of taking the best prediction.
 
     It is ``1 - episode / (num_episodes - 1)``, at least 0, for the next candidate's episode,
     counted from 0. So it falls from 1 in the first episode to 0 in the last. If there is only one
@@ -111,7 +111,7 @@ def featurise(tables: Sequence[Tensor], points: Tensor) -> Tensor:
     """Return the C features of each point, shape (..., C).
 
     Args:
-        tables: for each of the F parameters, what ``describe`` returned for its choices.
+        tables: for each of the F parameters, the result of ``describe`` for its choices.
         points: choice indices, shape (..., F).
     """
     return torch.cat([table[points[..., place]] for place, table in enumerate(tables)], -1)
@@ -127,8 +127,8 @@ def likely_feasible(
     """Predict which points of a pool may meet the constraints.
 
     The predictor is a logistic regression on the points' features, with a penalty of 0.05 times the
-    squared weights, fitted by Newton's method. Only unlikely points are left out: proposing an
-    infeasible point costs no training, while a good point that is never proposed is lost.
+    squared weights, fitted by Newton's method. Only unlikely points are dropped: proposing an
+    infeasible point costs no training, but a dropped good point is lost.
 
     Args:
         choices: values of each parameter.
@@ -159,7 +159,7 @@ def likely_feasible(
 
 @dataclass(frozen=True)
 class History:
-    """The trained points, in order of training.
+    """The trained points (student shapes as choice indices), in order of training.
 
     Args:
         points_TF: choice indices of the points, int64.
@@ -190,7 +190,8 @@ class History:
         """Return the points that ``EnsembleLSTM`` reads before it predicts a reward in an episode.
 
         They are the best point of all earlier episodes, the best of the episode just before, and
-        the points of this episode so far. Each is given by its row in ``points_TF``; -1: none.
+        the points of this episode so far. Each is given by its row in ``points_TF``, the array of
+        all trained points; -1: none.
         """
         return [*self._leaders(episode), *self.candidates(episode)]
 
@@ -198,18 +199,18 @@ class History:
         """Return the points that ``RewardLSTM`` reads before it predicts a reward in an episode.
 
         They are the best point of all earlier episodes, the best of the episode just before, and
-        all points of the episode just before. Each is given by its row in ``points_TF``. In the
-        first episode all are -1, for none.
+        all points of the episode just before. Each is given by its row in ``points_TF``, the array
+        of all trained points. In the first episode all are -1, for none.
         """
         previous = self.candidates(episode - 1) if episode else [-1] * self.num_candidates
         return [*self._leaders(episode), *previous]
 
 
 class Controller(nn.Module):
-    """Predicts rewards, and picks the next point to train from a pool of points.
+    """Predicts rewards, and picks the next point (student shape) to train from a pool of points.
 
-    A pick either trusts the predictions or explores; each subclass says how it explores. torch's
-    global random number generator is left unchanged.
+    A pick either takes the highest prediction or explores; each subclass explores in its own way.
+    torch's global random number generator is left unchanged.
     """
 
     def propose(
@@ -226,8 +227,8 @@ class Controller(nn.Module):
             exploration: probability that this pick explores.
 
         Returns:
-            The index of the picked point in the pool, and its predicted reward. Instead of the
-                reward it is None if the pick explores or is a uniform draw.
+            The index of the picked point in the pool, and its predicted reward; None instead of the
+            reward if the pick explores or is a uniform draw.
         """
         explores = torch.rand((), generator=generator).item() < exploration
         if len(history) < 2:  # a model needs two rewards to compare
@@ -239,7 +240,7 @@ class Controller(nn.Module):
     def scores(
         self, history: History, pool_PF: Tensor, generator: torch.Generator, explores: bool
     ) -> Tensor:
-        """Learn from the trained points, and score the points of a pool; the highest is picked.
+        """Train on the history and score the points of a pool; the highest score is picked.
 
         Args:
             history: at least two trained points.
@@ -261,8 +262,8 @@ class RewardLSTM(Controller):
     predicts. After each episode it is trained, by squared error, on the points of all episodes so
     far. A pick that explores is a uniform draw.
 
-    Its weights are not stored. A resumed search begins with the same initial weights and repeats
-    the training of each past episode in turn.
+    The LSTM's weights are not stored. A resumed search repeats the training of all past episodes
+    from the same initial weights.
 
     Args:
         choices: values of each parameter.
@@ -330,16 +331,16 @@ class RewardLSTM(Controller):
 
     @staticmethod
     def sequences(history: History, episode: int, points_BF: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the arguments of ``forward`` that predict the rewards of points of an episode.
+        """Return the arguments of ``forward`` with which it predicts the rewards of these points.
 
         Args:
             history: the trained points.
-            episode: number of the episode, from 0.
+            episode: number of the episode in which to predict, from 0.
             points_BF: choice indices of the points.
 
         Returns:
-            For each point, the sequence of ``History.ranked`` with the point at its end; and the
-                rewards in the sequence, with 0 at its end.
+            Two arrays, with a row for each point: the trained points of ``History.ranked``,
+            followed by the point; and the rewards of the trained points, followed by 0.
         """
         # Index -1 finds the last row, which stands for none.
         known_TF = functional.pad(history.points_TF + 1, (0, 0, 0, 1))
@@ -351,7 +352,7 @@ class RewardLSTM(Controller):
         return points_BSF, functional.pad(rewards_BS, (0, 1))
 
     def _learn(self, history: History, num_episodes: int) -> None:
-        """Train on all points of the first ``num_episodes`` episodes."""
+        """Train the LSTM on all points of the first ``num_episodes`` episodes."""
         episodes = [
             self.sequences(history, episode, history.points_TF[history.candidates(episode)])
             for episode in range(num_episodes)
@@ -378,8 +379,9 @@ class EnsembleLSTM(Controller):
     draws, the Bayesian bootstrap), so they disagree where few points were trained. They are trained
     on random sequences of trained points, so that each point is learned at many positions.
 
-    The predicted reward is the mean of the members' predictions. A pick that explores trusts one
-    member, drawn at random (Thompson sampling). ``LSTMSampler`` makes a new ensemble for each pick.
+    The predicted reward is the mean of the members' predictions. A pick that explores uses one
+    random member's predictions instead (Thompson sampling). ``LSTMSampler`` makes a new ensemble
+    for each pick.
 
     Args:
         choices: values of each parameter.

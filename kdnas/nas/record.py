@@ -31,18 +31,18 @@ MOST_IN_A_ROW = 10
 
 
 class Record:
-    """Asks a study for trials, and tells the study how they ended.
+    """Asks an Optuna study for trials, and tells the study how they ended.
 
-    The result of a trial is the file ``result.json`` in the trial's folder; the study is told what
-    that file says. So a search can resume after any interruption. A trial that runs according to
-    the study either has a result, or has a running job, or its job is started again.
+    The study is told the content of ``result.json`` in the trial's folder, so a search can resume
+    after any interruption. If the study says that a trial is running, but the trial has neither a
+    result nor a running job, its job is started again.
 
     Args:
         study: study from ``open_study``.
         space: search space of the study.
         make_job: makes the job of a trial, given its number and shape.
-        first: shapes to propose before those of the sampler. Each one after the first is proposed
-            only if the budget has refused the one before.
+        first: student shapes to propose before the sampler's. Each is proposed only if the student
+            before it exceeded the budget.
     """
 
     def __init__(
@@ -59,11 +59,11 @@ class Record:
         self._is_pruned = not isinstance(study.pruner, NopPruner)
 
     def running(self) -> list[FrozenTrial]:
-        """Return the trials that run according to the study, which may not know of their end."""
+        """Return the trials in state ``RUNNING``; some may have ended without the study knowing."""
         return self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
 
     def ask(self) -> FrozenTrial:
-        """Return a new trial, with a shape from ``first``, the study's queue or the sampler."""
+        """Return a new trial: its student shape is from ``first``, the queue or the sampler."""
         if (arch := self._next_of_first()) is not None:
             self.study.enqueue_trial(arch.to_dict(), skip_if_exists=True)
         trial = self.study.ask()
@@ -75,9 +75,9 @@ class Record:
         return self._frozen(trial.number)
 
     def _next_of_first(self) -> StudentArch | None:
-        """Return the next shape of ``first`` to propose; None if all were proposed.
+        """Return the next shape of ``first`` to propose; None: take the sampler's.
 
-        It is also None if the budget has not refused the one that was proposed last.
+        None if all of ``first`` were proposed, or if the last of them did not exceed the budget.
         """
         seen = known(self.study)
         for arch in self._first:
@@ -91,35 +91,35 @@ class Record:
         return self.study.get_trials(deepcopy=False)[number]
 
     def _trial(self, frozen: FrozenTrial) -> optuna.Trial:
-        """Return a trial as one that can be written to, even if an earlier process has begun it."""
+        """Return a writable Optuna ``Trial``, also for a trial that an earlier process began."""
         if frozen.number not in self._trials:
             self._trials[frozen.number] = optuna.Trial(self.study, frozen._trial_id)
         return self._trials[frozen.number]
 
     def arch(self, trial: FrozenTrial) -> StudentArch:
-        """Return the shape of a trial.
+        """Return the student shape of a trial.
 
-        If a search was killed before all parameters of the trial were suggested, the remaining
-        ones are suggested now.
+        If an earlier process was killed before it had suggested all parameters of the trial, the
+        remaining ones are suggested now.
         """
         if len(trial.params) < len(self.space.choices):
             return self.space.suggest(self._trial(trial))
         return StudentArch.from_dict(trial.params)
 
     def job(self, trial: FrozenTrial) -> Job:
-        """Return the job that trains a trial's shape."""
+        """Return the job that trains the student of a trial."""
         return self._make_job(trial.number, self.arch(trial))
 
     def twin(self, trial: FrozenTrial) -> FrozenTrial | None:
-        """Return the first earlier trial with the same shape, running or ended; None: no such."""
+        """Return the first earlier trial with the same student shape; None: there is none."""
         first = known(self.study).get(self.arch(trial))
         return first if first is not None and first.number < trial.number else None
 
     def queue_unseen(self, trial: FrozenTrial) -> None:
-        """Queue a shape that was not proposed yet in the study, in place of a repeated one.
+        """Queue a student shape that the study has not proposed yet, to replace a repeated one.
 
         Args:
-            trial: trial with a shape that was proposed before; at most one shape is queued for it.
+            trial: trial whose shape was proposed before; at most one shape is queued for it.
         """
         trials = self.study.get_trials(deepcopy=False)
         is_queued = any(other.user_attrs.get("queued_for") == trial.number for other in trials)
@@ -144,7 +144,7 @@ class Record:
         self._write(trial, replace(outcome, attrs=attrs))
 
     def note(self, job: Job, error: BaseException | None) -> None:
-        """Write that a job's trial has failed, and why, if the job has ended with an error.
+        """Write a ``FAIL`` result for a job's trial if the job has ended with an error.
 
         Nothing is written for a job that was asked to stop: its trial will be resumed.
 
@@ -172,7 +172,7 @@ class Record:
         write_json(self.job(trial).result_file, outcome.to_dict())
 
     def outcome(self, trial: FrozenTrial) -> Outcome | None:
-        """Return how a trial ended; None: it has not ended."""
+        """Return how a trial ended, from its ``result.json``; None: it has not ended."""
         job = self.job(trial)
         return Outcome.read(job.result_file) if job.is_done else None
 
@@ -200,7 +200,7 @@ class Record:
         return self._frozen(frozen.number)
 
     def answer_reports(self, frozen: FrozenTrial) -> None:
-        """Have the pruner decide whether a trial's job, which waits after an epoch, may go on."""
+        """Ask the pruner whether a trial's job, which waits after an epoch, may continue."""
         job = self.job(frozen)
         reports = progress_of(job.folder).get("reports", {}) if self._is_pruned else {}
         for step, value in reports.items():
@@ -212,22 +212,23 @@ class Record:
                 answers[trial.should_prune()].touch()
 
     def refuse_failures(self, n_trials: int) -> None:
-        """Raise an error if the search stopped because ten candidates in a row have failed.
+        """Raise an error if the search stopped because the last ten candidates failed.
 
-        Else it would seem to have ended with success, by the candidates before those ten.
+        Without this error, earlier candidates would make the search seem successful.
 
         Args:
             n_trials: number of candidates to train.
 
         Raises:
-            CandidateFailed: the last ten candidates failed, though others succeeded before, and the
-                search has not trained ``n_trials`` candidates or all shapes.
+            CandidateFailed: the last ten candidates failed, earlier ones succeeded, and neither
+                ``n_trials`` candidates nor all shapes are trained.
         """
         is_over = is_complete(self.study, self.space, n_trials)
         if len(self._in_a_row) >= MOST_IN_A_ROW and tried(self.study) and not is_over:
             raise CandidateFailed(
-                f"The last {len(self._in_a_row)} candidates failed; the last one: "
-                f"{self._in_a_row[-1]}. Fix the cause; the same command then goes on with other candidates."
+                f"The last {len(self._in_a_row)} candidates failed, the last one with: "
+                f"{self._in_a_row[-1]}. Fix the cause and run the same command again: it continues "
+                "with other candidates."
             )
 
     @property

@@ -51,7 +51,7 @@ def reward(
             raise UserError(f"{name} is {value}: give a number above 0.")
     if not -math.inf < alpha <= 0:
         raise UserError(
-            f"alpha is {alpha}: give 0 or less, or a slower student would be worth more."
+            f"alpha is {alpha}: give 0 or less; a positive alpha would reward slower students."
         )
     factor = (latency_student / (beta * latency_teacher)) ** alpha
     return (1 - loss) * factor if loss <= 1 else (1 - loss) / factor

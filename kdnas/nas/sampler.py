@@ -50,7 +50,7 @@ Point = tuple[int, ...]
 
 
 def seed_of(*parts: object) -> int:
-    """Hash the parts into a seed below 2 ** 32."""
+    """Return a seed below 2 ** 32, the hash of the parts."""
     return int.from_bytes(hashlib.sha256("/".join(map(str, parts)).encode()).digest()[:4], "big")
 
 
@@ -114,24 +114,24 @@ class PerTrialSeed(BaseSampler):
 
 
 class LSTMSampler(BaseSampler):
-    """Proposes the point of the search space whose reward an LSTM predicts to be the highest.
+    """Optuna sampler: proposes the student shape with the highest reward predicted by an LSTM.
 
-    The LSTM belongs to a controller, which is trained on the trials of the study, and which picks
-    the point of each new trial.
+    The LSTM is trained on the trials of the study. It is part of a controller, which picks the
+    point (student shape) of each new trial.
 
-    A pick can also explore, instead of trusting the predictions; the controller says how. Trained
-    candidates are counted in episodes of ``num_candidates``. The probability that a pick explores
-    falls from 1 in the first episode to 0 in the last, and stays 0. A point that is in the study
-    already, in any state, is proposed again only if no other is left. From trials that broke a
-    constraint the sampler learns which points to avoid.
+    A pick can also explore, in a way that depends on the controller. Trained candidates are counted
+    in episodes of ``num_candidates``. The probability that a pick explores falls from 1 in the
+    first episode to 0 in the last, and then stays 0. A point that is already in the study is
+    proposed again only if no other is left. The sampler learns to avoid points that would break a
+    constraint.
 
     The sampler keeps no state outside the study. The random draws for a trial are seeded by
     ``seed`` and the trial's number. So a resumed study proposes what an uninterrupted one would
     have proposed, and parallel workers learn from each other's trials. Parameters that are not
     categorical, not in every trial, or whose choices change, are drawn uniformly and independently.
 
-    The attribute ``predictions`` maps a trial's number to the predicted reward for which its point
-    was picked. It lacks trials whose point was picked otherwise.
+    The attribute ``predictions`` maps a trial's number to its predicted reward. Trials whose point
+    was not picked by a prediction are missing.
 
     Args:
         seed: seed of all random draws.
@@ -159,7 +159,7 @@ class LSTMSampler(BaseSampler):
         self.predictions: dict[int, float] = {}
 
     def exploration(self, num_tried: int) -> float:
-        """Return the probability that the next pick explores.
+        """Return the probability that the next pick explores instead of taking the best prediction.
 
         Args:
             num_tried: number of candidates that were trained to the end or ended by a pruner.
@@ -171,9 +171,9 @@ class LSTMSampler(BaseSampler):
     ) -> dict[str, BaseDistribution]:
         """Return the categorical parameters that every trial has, with the same choices.
 
-        Unlike Optuna's intersection search space, this one includes pruned trials: if the budget
-        has refused all trials so far, the next trial must still avoid their points. If no trial is
-        complete or pruned, the running and failed trials are taken instead.
+        Unlike Optuna's ``IntersectionSearchSpace``, pruned trials count: if all trials so far
+        exceeded the budget, the next one must still avoid their points. If no trial is complete or
+        pruned, running and failed trials are used instead.
         """
         others = [other for other in _others(study, trial) if other.distributions]
         ended = [t for t in others if t.state in (TrialState.COMPLETE, TrialState.PRUNED)] or others
@@ -222,7 +222,7 @@ class LSTMSampler(BaseSampler):
     def _recall(
         self, study: Study, trial: FrozenTrial, space: dict[str, CategoricalDistribution]
     ) -> tuple[set[Point], dict[Point, bool], dict[Point, float], int]:
-        """Read what the study knows, besides the trial to be sampled.
+        """Return the points and rewards of all trials in the study but the one to be sampled.
 
         Args:
             study: the study.
@@ -230,10 +230,10 @@ class LSTMSampler(BaseSampler):
             space: parameters whose choices make a point.
 
         Returns:
-            Four things. The points of all other trials. For the points whose constraints were
-                checked, whether they met the constraints. The rewards of the feasible points that
-                were trained to the end, negated if the study minimises. The number of points that
-                were trained to the end or ended by a pruner; the latter have no reward.
+            Four values: the points of all other trials; for points whose constraints were checked,
+            whether they met the constraints; the rewards of feasible points that were trained to
+            the end, negated if the study minimises; and the number of points that were trained to
+            the end or pruned.
         """
         sign = 1 if study.direction == StudyDirection.MAXIMIZE else -1
         known: set[Point] = set()
@@ -292,9 +292,8 @@ def _pool(
 
     Args:
         sizes: number of choices of each of the F parameters.
-        barred: sets of points. The points of the first set are left out. If no point remains,
-            those of the next set are left out instead; if each set leaves no point, none are left
-            out.
+        barred: sets of points to leave out, in order of preference: the first set is used that
+            leaves at least one point, or else none.
         generator: source of the draws from a space of more than ``POOL_SIZE`` points.
     """
     if math.prod(sizes) <= POOL_SIZE:
@@ -311,14 +310,15 @@ def _pool(
 
 
 class OriginalLSTMSampler(LSTMSampler):
-    """``LSTMSampler`` with the controller of Trivedi et al. 2023.
+    """The LSTM sampler of Trivedi et al. 2023, the original KD-NAS.
 
-    The controller is one ``RewardLSTM`` for the whole search.
+    It uses one ``RewardLSTM`` for the whole search, where ``LSTMSampler`` makes new LSTMs for each
+    proposal.
 
     Args:
         seed: seed of all random draws.
         num_candidates: number of trained candidates in an episode.
-        num_episodes: number of episodes; from the last one on, no pick explores.
+        num_episodes: number of episodes; from the last one on, the sampler no longer explores.
     """
 
     def __init__(self, seed: int = 0, num_candidates: int = 5, num_episodes: int = 4) -> None:
@@ -357,17 +357,17 @@ def make_sampler(spec: Spec, seed: int = 0) -> BaseSampler:
 
 
 def lstm_of(spec: Spec) -> LSTMSampler | None:
-    """Make a sampler if it is an ``LSTMSampler``, else return None.
+    """Return the sampler that ``spec`` names if it is an ``LSTMSampler``, else None.
 
     Args:
-        spec: names the sampler, as in ``make_sampler``.
+        spec: names the sampler, as for ``make_sampler``.
     """
     found, arguments = _find(spec, SAMPLERS, BaseSampler, "sampler")
     return _make(found, arguments, "sampler") if issubclass(found, LSTMSampler) else None
 
 
 def make_pruner(spec: Spec) -> BasePruner:
-    """Make a pruner.
+    """Make the Optuna pruner that ``spec`` names.
 
     Args:
         spec: a key of ``PRUNERS``, a class path, or a mapping with ``class_path`` and
@@ -386,8 +386,8 @@ def _find(
     spec = {"class_path": spec} if isinstance(spec, str) else spec
     if "class_path" not in spec:  # e.g. --sampler.num_candidates without --sampler
         raise UserError(
-            f"{kind} is {dict(spec)}, which names no {kind}: give it with its settings, as in "
-            f"--{kind} '{{class_path: {[*known][0]}, init_args: {{NAME: VALUE}}}}'."
+            f"{kind} has the settings {dict(spec)} but no class_path, so the {kind} is unknown: "
+            f"give --{kind} '{{class_path: {[*known][0]}, init_args: {{NAME: VALUE}}}}'."
         )
     path, arguments = spec["class_path"], spec.get("init_args") or {}
     short = known.get(path, path) if isinstance(path, str) else str(path)
@@ -407,7 +407,8 @@ def _find(
         )
     if issubclass(found, CmaEsSampler):  # it would also store a pickle in the database
         raise UserError(
-            f"The sampler {found.__name__} needs numerical parameters, but a student's are categorical: choose another."
+            f"The sampler {found.__name__} needs numerical parameters, but a student's parameters "
+            "are categorical: choose another sampler."
         )
     return found, {**short.get("init_args", {}), **arguments}
 
@@ -426,5 +427,5 @@ def _make(found: type[Any], arguments: dict[str, Any], kind: str, seed: int | No
         return found(**arguments)
     except Exception as error:  # each class raises its own errors
         raise UserError(
-            f"The {kind} {found.__name__} does not take {arguments}: {first_line(error)}."
+            f"The {kind} {found.__name__} cannot be created with {arguments}: {first_line(error)}."
         ) from error

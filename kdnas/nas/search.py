@@ -48,25 +48,25 @@ def search(
 ) -> FrozenTrial:
     """Search until ``n_trials`` candidates are trained, time is up, or no shape is left.
 
-    A candidate is a student of a shape that was not proposed before. If the sampler proposes a
-    shape again, the new trial gets the result of the earlier one, and a shape that is not in the
-    study is queued. If the training of a candidate raises an error, its trial fails with the
-    reason. Trials that a killed search has left are continued under their numbers.
+    A candidate is a student of a new shape. If the sampler proposes a shape again, the new trial
+    gets a copy of the earlier result, and a shape that is not in the study is queued. If training a
+    candidate raises an error, its trial fails with the reason. Unfinished trials of a killed search
+    are continued under their numbers.
 
     Args:
         study: study from ``open_study``.
-        space: shapes that may be proposed.
+        space: student shapes that may be proposed.
         engine: runs the candidates' jobs.
-        make_job: makes the job that trains a shape, given the trial's number and the shape; the job
-            calls ``evaluate``.
-        n_trials: number of candidates to train. Those that were trained before an interruption
-            count, and so do those that the pruner ended.
+        make_job: makes the job that trains a student, given the trial's number and the student's
+            shape; the job calls ``evaluate``.
+        n_trials: number of candidates to train, including those from before an interruption and
+            those that the pruner ended.
         show: called with each trial that has ended.
         watch: called with the running jobs, several times a second.
         seconds: wall clock time after which no candidate is started, unless none was trained yet.
             Running candidates are finished.
-        first: shapes to propose before those of the sampler. Each one after the first is proposed
-            only if the budget has refused the one before.
+        first: shapes to propose before the sampler's. Each is proposed only if the student before
+            it exceeded the budget.
 
     Returns:
         The trial with the highest reward within the budget.
@@ -74,7 +74,7 @@ def search(
     Raises:
         UserError: no candidate meets the budget, or the pruner ended every candidate.
         CandidateFailed: every candidate failed, or the last ten did; the message has the last
-            reason.
+            error.
     """
     record = Record(study, space, make_job, first)
     deadline = time.monotonic() + seconds
@@ -100,7 +100,7 @@ def search(
 
 
 def _begin(record: Record, trial: FrozenTrial, engine: Engine) -> None:
-    """Start the job of a trial, or copy the result if an earlier trial has the same shape."""
+    """Start a trial's job, or copy the result of an earlier trial with the same student shape."""
     twin = record.twin(trial)
     if twin is None:
         engine.start(record.job(trial))
@@ -113,7 +113,7 @@ def evaluate(bench: Bench, arch: StudentArch, folder: Path) -> Outcome:
     """Train a candidate, measure its latency and compute its reward, unless it exceeds the budget.
 
     Args:
-        bench: what all candidates share.
+        bench: teacher, data, settings and budget, which all candidates share.
         arch: shape of the candidate.
         folder: folder of the trial, for logs, progress and the trained weights.
 
@@ -123,7 +123,7 @@ def evaluate(bench: Bench, arch: StudentArch, folder: Path) -> Outcome:
             ``attrs["stopped_early"]``.
 
     Raises:
-        CandidateFailed: the candidate cannot be scored, for instance since its loss is NaN.
+        CandidateFailed: the candidate cannot be scored, for instance because its loss is NaN.
     """
     started, reporter = time.time(), Reporter(folder)
     attrs, violation, reason = {"arch": arch.to_dict()}, 0.0, ""

@@ -19,7 +19,7 @@ MIN_HEAD_SIZE = 16  # dimensions of an attention head
 
 @dataclass(frozen=True)
 class SearchSpace:
-    """The values of the five fields of ``StudentArch``; every combination is a valid student.
+    """The search space: possible values of each field of ``StudentArch``, in any combination.
 
     Args:
         choices: maps each field of ``StudentArch`` to its possible values.
@@ -101,14 +101,16 @@ class SearchSpace:
         for width, heads in itertools.product(chosen["hidden_size"], chosen["num_attention_heads"]):
             if width % heads:
                 raise UserError(
-                    f"space.hidden_size has {width} and space.num_attention_heads {heads}, "
-                    "which does not divide it: give widths that every number of heads divides."
+                    f"space.num_attention_heads has {heads}, which does not divide the {width} in "
+                    "space.hidden_size: give widths that every number of heads divides."
                 )
             check_heads(config, width, heads)
         for activation in chosen["hidden_act"]:
             if activation not in ACT2FN:
                 hint = nearest(activation, ACT2FN)
-                raise UserError(f"space.hidden_act has {activation!r}, which is unknown.{hint}")
+                raise UserError(
+                    f"space.hidden_act has {activation!r}, which transformers does not know.{hint}"
+                )
         return SearchSpace(chosen)
 
     def __len__(self) -> int:
@@ -116,21 +118,21 @@ class SearchSpace:
         return math.prod(map(len, self.choices.values()))
 
     def __iter__(self) -> Iterator[StudentArch]:
-        """Every student; the field that is last in ``choices`` changes the fastest."""
+        """Yield every student shape; the last field in ``choices`` changes the fastest."""
         for values in itertools.product(*self.choices.values()):
             yield StudentArch(**dict(zip(self.choices, values, strict=True)))
 
     def suggest(self, trial: optuna.Trial) -> StudentArch:
-        """Suggest a student for a trial: each field becomes a categorical parameter of its name."""
+        """Suggest a student shape for a trial: a categorical parameter for each field."""
         suggest = trial.suggest_categorical
         return StudentArch(**{name: suggest(name, values) for name, values in self.choices.items()})
 
     def by_rule(self) -> Iterator[StudentArch]:
-        """Yield the shapes of a rule of thumb for good students (LOG.md), the deepest first.
+        """Yield student shapes that are good by a rule of thumb (LOG.md), the deepest first.
 
-        There is one for each depth in the space. They have half of the largest width and number of
-        heads, a quarter of the largest intermediate size (or the value in the space that is nearest
-        to it), and the first activation.
+        There is one shape for each depth in the space. It has half of the largest width and number
+        of heads, a quarter of the largest intermediate size (or the value in the space that is
+        nearest to it), and the first activation.
         """
         parts = {"num_attention_heads": 2, "hidden_size": 2, "intermediate_size": 4}
         sizes = {

@@ -40,9 +40,9 @@ def patiently(attempt: Callable[[], T], storage: str | Path) -> T:
     """Call ``attempt``, and repeat it while the database fails, for at most ``PATIENCE_SECONDS``.
 
     Args:
-        attempt: the work with the study. Each call must open the study anew, and go on with the
-            trials that an earlier call has begun and whose end it has not told the study.
-        storage: path or URL of the database, as for ``open_study``; messages name it.
+        attempt: function that works with the study. Each call must reopen the study and continue
+            the running trials of earlier calls.
+        storage: path or URL of the database, as for ``open_study``; named in messages.
 
     Returns:
         What ``attempt`` returns.
@@ -80,7 +80,7 @@ def open_study(
     pruner: BasePruner | None = None,
     num_begun: int = 0,
 ) -> Study:
-    """Open a study, or create it, so that it holds the given results.
+    """Open or create an Optuna study, and make sure that it holds the given results.
 
     If the study in the database lacks one of the results, as after the database was damaged or
     deleted, the study is rebuilt from all results, with a warning. A replaced SQLite file is kept
@@ -89,12 +89,12 @@ def open_study(
     Args:
         storage: path of an SQLite file, or SQLAlchemy URL of a database.
         name: name of the study.
-        space: search space of the study.
+        space: student shapes that the study may propose.
         results: outcomes of the finished trials, by trial number.
-        sampler: proposes shapes.
+        sampler: Optuna sampler that proposes student shapes.
         pruner: ends candidates early; None: no pruner.
-        num_begun: number of trials that were begun. In a rebuilt study, new trials are numbered
-            from there, so that none gets the number of a trial that may still run.
+        num_begun: number of trials that were started. In a rebuilt study, numbers of new trials
+            start there, so that none repeats the number of a trial that may still run.
 
     Raises:
         UserError: ``storage`` is a URL, and the study of this name in that database minimises, or
@@ -147,7 +147,10 @@ def _check_whole(storage: str | Path) -> None:
 
 
 def _set_aside(storage: str | Path, name: str) -> None:
-    """Remove a study from its database; an SQLite file is renamed to ``study.db.replaced``."""
+    """Remove a damaged study, so that it can be rebuilt.
+
+    An SQLite file is renamed to ``study.db.replaced``; in another database, the study is deleted.
+    """
     if not isinstance(storage, Path):
         with suppress(KeyError):
             optuna.delete_study(study_name=name, storage=_connect(storage))
@@ -164,7 +167,7 @@ def _connect(storage: str | Path) -> RDBStorage:
 
 
 def _engine_options(url: str) -> dict[str, Any]:
-    """Return SQLAlchemy's engine options by which a lost connection is noticed within seconds."""
+    """Return SQLAlchemy engine options with which a lost connection is noticed within seconds."""
     parsed = make_url(url)
     options: dict[str, Any] = {"pool_pre_ping": True}
     if parsed.get_backend_name() == "postgresql" and parsed.get_driver_name().startswith("psycopg"):
@@ -174,12 +177,12 @@ def _engine_options(url: str) -> dict[str, Any]:
 
 
 def _cause(error: BaseException) -> BaseException:
-    """Return the error of SQLAlchemy that Optuna has wrapped in this one, or the error itself."""
+    """Return the SQLAlchemy error that Optuna has wrapped in this error, or the error itself."""
     return error.__cause__ or error if isinstance(error, StorageInternalError) else error
 
 
 def _is_damage(error: BaseException) -> bool:
-    """Whether an error means that an SQLite file is damaged or is no database of Optuna's."""
+    """Whether an error means that an SQLite file is damaged or is not an Optuna database."""
     cause = _cause(error)
     name = _sqlite_name(cause)
     if name.startswith(("SQLITE_BUSY", "SQLITE_LOCKED", "SQLITE_CANTOPEN", *DISK)):
@@ -200,12 +203,12 @@ def _is_of_disk(error: BaseException) -> bool:
 
 
 def _holds(study: Study, results: Mapping[int, Outcome]) -> bool:
-    """Whether a study belongs to the search with these results, and holds them all."""
+    """Whether a study belongs to the search with these results, and holds all of them."""
     return _is_of(study, results) and _lacks(study, results) is None
 
 
 def _is_of(study: Study, results: Mapping[int, Outcome]) -> bool:
-    """Whether the study maximises, and has no finished trial without a result."""
+    """Whether the study maximises and all its finished trials are in ``results``."""
     return study.direction == StudyDirection.MAXIMIZE and not any(
         trial.state.is_finished() and trial.params and trial.number not in results
         for trial in study.get_trials(deepcopy=False)
@@ -213,16 +216,16 @@ def _is_of(study: Study, results: Mapping[int, Outcome]) -> bool:
 
 
 def _lacks(study: Study, results: Mapping[int, Outcome]) -> int | None:
-    """Return the number of the first trial whose result differs from the study; None: all agree.
+    """Return the number of the first trial that differs from its result; None: all agree.
 
-    A trial that runs according to the study agrees if it has the shape of the result: the study is
-    told of its end later.
+    A trial that is still running in the study agrees if its parameters are those of the result: the
+    study is told of its end later.
 
     Raises:
-        ValueError: the study does not maximise, so it is not a search's.
+        ValueError: the study minimises, so no search has made it.
     """
     if study.direction != StudyDirection.MAXIMIZE:
-        raise ValueError("it does not maximise, so it is not the study of a search")
+        raise ValueError("the study minimises, so no kdnas search has made it")
     trials = {trial.number: trial for trial in study.get_trials(deepcopy=False)}
     for number, outcome in results.items():
         trial = trials.get(number)
@@ -245,7 +248,7 @@ def _within(part: Mapping[Any, Any], whole: Mapping[Any, Any]) -> bool:
 
 
 def _refuse_other(study: Study, results: Mapping[int, Outcome], storage: str | Path) -> None:
-    """Refuse to replace the study of another search in a shared database.
+    """Raise an error if the database holds a study of this name that belongs to another search.
 
     Raises:
         UserError: the study minimises, or has finished trials that are not in ``results``.
@@ -258,7 +261,7 @@ def _refuse_other(study: Study, results: Mapping[int, Outcome], storage: str | P
 
 
 def _as_trial(outcome: Outcome | None, space: SearchSpace) -> FrozenTrial:
-    """Make the trial that ended with an outcome; None: a failed trial without parameters."""
+    """Return an Optuna trial with a recorded outcome; None: a failed trial without parameters."""
     if outcome is None:
         return create_trial(state=TrialState.FAIL)
     reports = {int(step): value for step, value in outcome.reports.items()}
@@ -299,8 +302,8 @@ def read_study(
         url = make_url(sqlite_url(storage) if isinstance(storage, Path) else storage)
         if url.get_backend_name() == "sqlite" and not Path(url.database or "").is_file():
             raise UserError(
-                f"There is no study in {shown!r}: no search was begun there. If it has another database, "
-                "give its --storage."
+                f"There is no study in {shown!r}: no search was started there. If the search uses "
+                "another database, give its --storage."
             )
         there = url.render_as_string(hide_password=False)
         database = RDBStorage(

@@ -43,17 +43,17 @@ class Outcome:
     """How a trial ended: the content of its ``result.json``, from which the study is updated.
 
     Args:
-        params: shape of the candidate, as ``StudentArch.to_dict`` gives it.
+        params: shape of the candidate, from ``StudentArch.to_dict``.
         state: state of the trial in Optuna: ``COMPLETE``, ``PRUNED`` (by the budget or the pruner)
             or ``FAIL``.
         value: reward of a ``COMPLETE`` trial; else None.
-        attrs: all that was measured, by name. If the trial was not trained to the end, the reason
-            is under ``refused`` (by the budget), ``stopped_early`` (by the pruner) or ``failed``.
-            If an earlier trial has the same shape, whose result was copied, its number is under
-            ``twin_of``.
+        attrs: all measurements, by name. If the candidate was not trained to the end, ``refused``
+            (budget exceeded), ``stopped_early`` (pruned) or ``failed`` has the reason. If the
+            result was copied from an earlier trial of the same shape, ``twin_of`` has that trial's
+            number.
         constraints: maps ``budget`` to the share by which the student exceeds a limit of the
-            budget; 0: it is within all limits.
-        reports: maps each epoch to 1 - held-out loss, as the pruner was told.
+            budget; 0: within all limits.
+        reports: maps each epoch to 1 - held-out loss, as reported to the pruner.
         started: start of the trial, in seconds since 1970.
         ended: end of the trial, in seconds since 1970.
     """
@@ -68,7 +68,7 @@ class Outcome:
     ended: float = 0.0
 
     def is_of(self, trial: FrozenTrial) -> bool:
-        """Whether a trial of a study has the same state and, if that is ``COMPLETE``, reward."""
+        """Whether a study's trial has this outcome's state and, if it is ``COMPLETE``, reward."""
         is_alike = self.state != "COMPLETE" or trial.value == self.value
         return is_alike and trial.state.name == self.state
 
@@ -83,8 +83,8 @@ class Outcome:
             return cls(**read_json(path))
         except TypeError as error:
             raise UserError(
-                f"{str(path)!r} is not the result of a trial ({first_line(error)}): delete it, and the "
-                "candidate is trained again."
+                f"{str(path)!r} is not a trial's result ({first_line(error)}): delete this file, "
+                "and the candidate is trained again."
             ) from error
 
     def to_dict(self) -> dict[str, Any]:
@@ -99,12 +99,12 @@ def results_in(folder: Path) -> dict[int, Outcome]:
 
 
 def num_begun(folder: Path) -> int:
-    """Return the number of trials that were begun in the folder of a run, ended or not."""
+    """Return how many trials were started in a run's folder, finished or not."""
     return 1 + max((int(path.name[6:]) for path in folder.glob("trial_*")), default=-1)
 
 
 def arch_of(trial: FrozenTrial) -> StudentArch:
-    """Return the shape of a trial."""
+    """Return the student shape of a trial."""
     return StudentArch.from_dict(trial.user_attrs.get("arch") or trial.params)
 
 
@@ -141,7 +141,7 @@ def is_repeated(trial: FrozenTrial) -> bool:
 
 
 def known(study: Study) -> dict[StudentArch, FrozenTrial]:
-    """Map each shape that was proposed to the first trial that has it, ended or not."""
+    """Map each proposed student shape to the first trial that has it."""
     first: dict[StudentArch, FrozenTrial] = {}
     for trial in study.get_trials(deepcopy=False):
         if len(trial.params) == len(ARCH) and not is_repeated(trial):
@@ -150,13 +150,7 @@ def known(study: Study) -> dict[StudentArch, FrozenTrial]:
 
 
 def unseen(study: Study, space: SearchSpace, number: int) -> StudentArch | None:
-    """Draw a shape that was neither proposed nor queued; None: no such shape is left.
-
-    Args:
-        study: study of the search.
-        space: search space of the study.
-        number: seed of the draw, such as the number of a trial.
-    """
+    """Return a random student shape that was neither proposed nor queued; None: there is none."""
     waiting = study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
     queued = [trial.system_attrs.get("fixed_params") for trial in waiting]
     seen = known(study)
@@ -201,22 +195,22 @@ def best_of(study: Study, space: SearchSpace) -> FrozenTrial:
         return best
     if failed(study) and not tried(study):
         raise CandidateFailed(
-            f"Every candidate failed; the last one: {failed(study)[-1].user_attrs['failed']}. "
+            f"Every candidate failed, the last one with: {failed(study)[-1].user_attrs['failed']}. "
             "Failed candidates are not tried again: fix the cause, then run with --force-new."
         )
     if tried(study) and not trained(study):
         raise UserError("The pruner ended every candidate: give another pruner, or --pruner none.")
-    raise UserError(f"None of the {len(space)} students meets the budget: relax it.")
+    raise UserError(f"None of the {len(space)} students meets the budget: raise its limits.")
 
 
 def begun(study: Study) -> list[FrozenTrial]:
-    """Return the trials that have begun, without those that only wait in the study's queue."""
+    """Return the study's trials without those that are only queued."""
     trials = study.get_trials(deepcopy=False)
     return [t for t in trials if t.state != TrialState.WAITING and (t.params or t.user_attrs)]
 
 
 def in_words(trial: FrozenTrial) -> str:
-    """Return a trial's state in a word or two, as shown to the user."""
+    """Return a trial's state in one or two words, for the user."""
     if is_repeated(trial):
         return "repeated"
     if trial.state == TrialState.PRUNED:
@@ -226,18 +220,14 @@ def in_words(trial: FrozenTrial) -> str:
 
 
 def reason_in(attrs: Mapping[str, Any]) -> str | None:
-    """Return why a trial was not trained to the end; None: it was, or it still runs.
-
-    Args:
-        attrs: user attributes of the trial.
-    """
+    """Return why a trial was not trained to the end; None: it was, or it is still running."""
     if "twin_of" in attrs:
         return f"same shape as trial {attrs['twin_of']}"
     return attrs.get("refused") or attrs.get("stopped_early") or attrs.get("failed")
 
 
 def line(trial: FrozenTrial) -> str:
-    """Describe an ended trial in one line: its shape, and its result or why it has none."""
+    """Describe a finished trial in one line: student shape, and result or failure reason."""
     attrs = trial.user_attrs
     head = f"trial {trial.number:3d}  {arch_of(trial)}: "
     if "twin_of" in attrs:
@@ -257,9 +247,7 @@ def line(trial: FrozenTrial) -> str:
 
 
 def has_spread(trial: FrozenTrial, *whose: str) -> bool:
-    """Whether one of a trial's latencies is unsteady: its quartiles are far apart.
-
-    The interquartile range is then more than a tenth of the median.
+    """Whether a trial's latency was unsteady: interquartile range over a tenth of the median.
 
     Args:
         trial: a trial whose latency was measured.
@@ -279,7 +267,7 @@ def trials_frame(study: optuna.Study) -> pd.DataFrame:
         study: study of a search, finished or not. Trials that only wait in the queue are left out.
 
     Returns:
-        The columns below. Values that are not known, as those of a running trial, are missing.
+        The columns below. Unknown values, such as a running trial's loss, are missing.
 
         - ``number`` and ``state`` of the trial, and the five fields of ``StudentArch``.
         - ``loss``, ``contextual_share``, ``sentence_r2``, ``latency_ms``, ``latency_iqr_ms``,
@@ -341,7 +329,7 @@ def _is_trained(frame: pd.DataFrame) -> pd.Series:
 
 
 def is_twin(frame: pd.DataFrame) -> pd.Series:
-    """Return whether each row of a table only repeats an earlier trial.
+    """Return for each row of a table whether it only repeats an earlier trial.
 
     Args:
         frame: table from ``trials_frame``.

@@ -65,7 +65,7 @@ PACKAGES = ("torch", "transformers", "optuna", "lightning")
 
 
 def result_rows(results: Mapping[str, Any]) -> list[dict[str, str]]:
-    """Return the rows of the final table, ``{heading: text}``, one for each model.
+    """Return the rows of the final table as ``{heading: text}``, one for each model.
 
     Args:
         results: content of ``glue/results.json``.
@@ -88,11 +88,11 @@ def result_rows(results: Mapping[str, Any]) -> list[dict[str, str]]:
 def result_table(
     results: Mapping[str, Any], how: Mapping[str, Any], budget: Budget = Budget()
 ) -> Table:
-    """Return ``result_rows`` as a table for the terminal.
+    """Return the final table of a run, for the terminal.
 
     Args:
         results: content of ``glue/results.json``.
-        how: maps the names of fields of the run's ``LatencySettings`` to their values.
+        how: the run's ``LatencySettings`` as a dict, for the heading.
         budget: the budget of the search.
     """
     title = f"Fine-tuned on {results['task']['name']}"
@@ -120,7 +120,7 @@ def agreement(full_kd: Mapping[str, Any]) -> str:
 
 
 def cautions(results: Mapping[str, Any], budget: Budget = Budget()) -> list[str]:
-    """Return a warning for each reason why the final figures mean little.
+    """Return warnings about the final figures, such as a noisy latency or a missed budget.
 
     Args:
         results: the final figures, which are the content of ``glue/results.json``.
@@ -175,14 +175,14 @@ def write_page(path: Path, template: str, **values: Any) -> None:
 
 
 def stage_results(run: Run) -> tuple[Any, Any, Any]:
-    """Return the results of full KD, fine-tuning and export; None for a stage that is not done."""
+    """Return the results of full KD, fine-tuning and export; None for an unfinished stage."""
     files = run.full_kd / "result.json", run.glue / "results.json", run.student / MANIFEST
     full_kd, results, manifest = (read_json(file) if file.is_file() else None for file in files)
     return full_kd, results, manifest and manifest.get("checks")
 
 
 def unfinished(run: Run, config: Mapping[str, Any]) -> list[str]:
-    """Return the stages that a run's config asks for and that are not finished."""
+    """Return the stages that a run's config asks for but that are not finished."""
     full_kd, results, exported = stage_results(run)
     done = {"search": run.best_student.is_file()}
     if "full_kd" in config:  # a search has none
@@ -194,8 +194,8 @@ def unfinished(run: Run, config: Mapping[str, Any]) -> list[str]:
 def write_report(run: Run, study: Study, *, output: Path | None = None) -> Path:
     """Write the HTML page of a run; stages that have not run are left out.
 
-    Written again on the same machine, the page has the same bytes: its date is that of the run's
-    last trial.
+    The same run on the same machine always gives the same bytes: the page's date is that of the
+    run's last trial.
 
     Args:
         run: the run, which may be unfinished.
@@ -276,7 +276,7 @@ def _by_epoch(label: str, name: str, lines: Sequence[Line]) -> Markup | None:
 
 
 def _leaders(frame: pd.DataFrame) -> list[dict[str, str]]:
-    """Return a table's rows: for each episode of the search, the best trials and their rewards."""
+    """Return, for each episode of the search, the best trials and their rewards as table rows."""
     trained = frame.dropna(subset=["episode"])
 
     def best(rows: pd.DataFrame) -> str:
@@ -330,7 +330,7 @@ def _limits(budget: Mapping[str, float]) -> str:
 
 
 def _unusual(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options that ``kdnas glue`` needs to repeat a run's fine-tuning.
+    """Return the ``kdnas glue`` options with which a run's fine-tuning can be repeated.
 
     Options that have their default in the run are left out.
     """
@@ -355,7 +355,7 @@ def _teacher_of(run: Run) -> dict[str, str]:
 
 
 def _environment(trials: Iterable[FrozenTrial]) -> dict[str, str]:
-    """Return when the search ended, and the machine and packages with which the page is written.
+    """Return when the search ended, and this machine and its packages.
 
     Workers may have used other machines.
     """

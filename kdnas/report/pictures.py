@@ -45,7 +45,7 @@ STYLE = {
 
 
 def as_figure(draw: Draw) -> Figure:
-    """Return a matplotlib figure of a drawing, on a white background."""
+    """Return a matplotlib figure, on a white background, of a drawing function."""
     with matplotlib.style.context(["default", STYLE]):
         figure = Figure(figsize=(4.4, 3.1), layout="constrained", dpi=120)
         draw(figure.add_subplot())
@@ -53,11 +53,12 @@ def as_figure(draw: Draw) -> Figure:
 
 
 def as_svg(label: str, draw: Draw) -> Markup:
-    """Return a drawing as SVG, in which text and axes have the colour of the page's text.
+    """Return the SVG of a drawing, with text and axes in the text colour of the HTML page.
 
     Args:
         label: description of the picture for screen readers.
-        draw: the drawing; an artist in it whose gid is ``tip:TEXT`` gets TEXT as its tool tip.
+        draw: function that draws on matplotlib axes; an artist whose gid is ``tip:TEXT`` gets the
+            tool tip TEXT.
     """
     file = io.StringIO()
     with matplotlib.style.context(["default", STYLE | {"svg.hashsalt": label}]):
@@ -180,12 +181,12 @@ def predictions(frame: pd.DataFrame) -> Draw | None:
 
 
 def curves(ylabel: str, name: str, lines: Iterable[Line]) -> Draw:
-    """Draw a value by epoch, in several lines; grey lines are thin.
+    """Draw a value by epoch, as one line per model; grey lines are thin.
 
     Args:
-        ylabel: name of the value for people.
+        ylabel: label of the value in the picture.
         name: key of the value in the rows of a line.
-        lines: for each line its name, a row of values for each epoch, and its colour.
+        lines: for each line its name, its rows (a dictionary of values per epoch) and its colour.
     """
 
     def draw(axes: Axes) -> None:
@@ -203,9 +204,9 @@ def curves(ylabel: str, name: str, lines: Iterable[Line]) -> Draw:
 
 
 def _named(candidates: pd.DataFrame, kept: pd.Index) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Split candidates into those that get a tool tip and those that get none.
+    """Split candidates into those with and those without a tool tip.
 
-    With more than ``MOST_NAMED`` candidates, only those whose index is in ``kept`` get a tool tip.
+    With more than ``MOST_NAMED`` candidates, only those whose index is in ``kept`` get one.
     """
     named = candidates
     if len(candidates) > MOST_NAMED:

@@ -15,17 +15,17 @@ from kdnas.system.errors import counted
 
 
 def show(console: Console, text: str) -> None:
-    """Print a line without wrapping and highlighting, so that paths and commands can be copied."""
+    """Print a line without wrapping or highlighting, so that paths and commands can be copied."""
     console.print(text, soft_wrap=True, highlight=False)
 
 
 def as_text(value: Any, spec: str, unit: str = "", scale: float = 1) -> str:
-    """Return ``value * scale`` by the format ``spec``, and the unit; ``-`` for a missing value."""
+    """Return ``value * scale`` formatted by ``spec``, with the unit; ``-`` for a missing value."""
     return "-" if pd.isna(value) else f"{value * scale:{spec}}{unit}"
 
 
 def shape_text(row: Mapping[str, Any]) -> str:
-    """Return layers, width and heads of a candidate: ``4 x 192, 12 heads``."""
+    """Return a candidate's layers, width and heads as text: ``4 x 192, 12 heads``."""
     heads = counted(row["num_attention_heads"], "head")
     return f"{row['num_hidden_layers']} x {row['hidden_size']}, {heads}"
 
@@ -49,7 +49,7 @@ def text_table(title: str, rows: Sequence[dict[str, str]], words: Collection[str
 
 
 def front_table(study: optuna.Study) -> Table:
-    """Make a table of the best student and the Pareto fronts of loss and latency, loss and size."""
+    """Return a table of the best student and of the Pareto fronts (loss-latency and loss-size)."""
     frame = trials_frame(study)
     best = best_trial(study)
     number = best.number if best else -1

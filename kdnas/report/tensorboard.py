@@ -19,13 +19,13 @@ from kdnas.training.trainer import FLUSH_SECONDS, without_tensorflow
 class SearchBoard:
     """Writes a search's progress as TensorBoard event files.
 
-    It is a context manager that is called with the study after each trial. A step of its curves is
-    a trained candidate, at the time at which the candidate's trial ended. An episode is a fixed
-    number of trained candidates in sequence. The curves are:
+    Use the object as a context manager, and call it with the study after each trial. A step of the
+    curves is a trained candidate, in the order in which trials ended. An episode is a fixed number
+    of trained candidates in sequence. The curves are:
 
     - ``search/reward``, ``search/loss`` and ``search/latency_ms`` of the candidate;
-    - ``search/best_reward``, the best reward so far; ``search/episode_best``, that of this episode;
-      ``search/previous_best``, that of the episode before;
+    - ``search/best_reward``, the best so far; ``search/episode_best``, the best of this episode;
+      ``search/previous_best``, the best of the previous episode;
     - ``search/exploration_ratio``, only with ``exploration``.
 
     The picture ``search/pareto`` is written whenever the Pareto front changes. The picture
@@ -36,8 +36,8 @@ class SearchBoard:
 
     Args:
         folder: folder of the event files.
-        exploration: maps the number of candidates trained so far, pruned ones included, to the
-            share of the sampler's picks that explore; None: the sampler has no such share.
+        exploration: function from the number of candidates trained so far, pruned ones included, to
+            the probability that the sampler explores; None: the sampler has none.
     """
 
     def __init__(self, folder: Path, exploration: Callable[[int], float] | None = None) -> None:
@@ -58,7 +58,7 @@ class SearchBoard:
         self._writer.close()
 
     def __call__(self, study: Study) -> None:
-        """Write those trained candidates of the study that are not written yet."""
+        """Write the trained candidates of the study that are not written yet."""
         size = study.user_attrs.get("num_candidates", NUM_CANDIDATES)
         # Includes candidates that a pruner stopped: they count for the exploration ratio.
         ends = [trial.datetime_complete or datetime.max for trial in tried(study)]

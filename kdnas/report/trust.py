@@ -20,10 +20,10 @@ LEAST_AGREEMENT = 0.5  # least rank correlation of two rankings that agree
 
 @dataclass(frozen=True)
 class Check:
-    """The answer to one question about a run's figures, to know before the student is used.
+    """A check of a run's figures: a question, its answer, and whether the answer is good.
 
     Args:
-        name: a question.
+        name: the question.
         words: the answer.
         good: whether the answer is good; None: the reader must judge.
     """
@@ -42,7 +42,7 @@ def checks(
     exported: Mapping[str, Any] | None,
     budget: Budget = Budget(),
 ) -> list[Check]:
-    """Compare a run's figures with each other; a check whose figures were not measured is left out.
+    """Return checks of whether a run's figures agree with each other, as far as they exist.
 
     Args:
         frame: the trials, as from ``trials_frame``.
@@ -140,14 +140,14 @@ def _latency(
 
 
 def too_slow(results: Mapping[str, Any], budget: Budget) -> str:
-    """Return in words how the fine-tuned student, measured again, misses the budget's latency.
+    """Describe by how much the fine-tuned student, measured again, exceeds the latency budget.
 
     Args:
         results: content of ``glue/results.json``.
         budget: the budget of the search.
 
     Returns:
-        The measured value and the limit; ``""`` if the student keeps the budget.
+        The measured value and the limit; ``""`` if the student is within the budget.
     """
     student, teacher = results["models"]["student"], results["models"]["teacher"]
     again = ArchLatency(
@@ -159,7 +159,7 @@ def too_slow(results: Mapping[str, Any], budget: Budget) -> str:
 
 
 def is_busy(results: Mapping[str, Any]) -> bool:
-    """Return whether any latency in ``glue/results.json`` varied as it does on a busy machine."""
+    """Return whether a latency in ``glue/results.json`` is unsteady, as on a busy machine."""
     rows = results["models"].values()
     return any(is_unsteady(row["latency_ms"], row["latency_iqr_ms"]) for row in rows)
 

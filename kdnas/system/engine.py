@@ -36,15 +36,15 @@ class JobDied(RuntimeError):
 
 
 class Engine:
-    """Runs jobs, ``num_slots`` at a time, in processes of this machine or in an executor.
+    """Runs jobs in parallel, in processes of this machine or in an executor such as Dask.
 
     A job is a function call whose result is a file (``kdnas.system.jobs``). On this machine each
     slot is a process with its share of the cores and, if there are GPUs, one GPU. With
-    ``num_slots`` 0 jobs run one at a time in a thread of this process: for a debugger, a notebook
-    or a test.
+    ``num_slots`` 0, jobs run one at a time in a thread of this process, for debuggers, notebooks
+    and tests.
 
-    If the process of a job dies, the job is tried once more in a new process. A job that ran out of
-    memory while other jobs ran is tried once more alone.
+    If the process of a job dies, the job is retried once in a new process. A job that ran out of
+    memory beside other jobs is retried once alone.
 
     Args:
         num_slots: number of jobs that run at a time.
@@ -78,12 +78,12 @@ class Engine:
 
     @property
     def jobs(self) -> list[Job]:
-        """Jobs that run now, or wait to run alone."""
+        """Jobs that are running, or that wait to be retried alone."""
         return [*self._running.values(), *self._alone]
 
     @property
     def has_room(self) -> bool:
-        """Whether another job can be started: a slot is free, and no job must run alone."""
+        """Whether another job can start: a slot is free, and no job waits to be retried alone."""
         is_alone = any(job.folder in self._crowded for job in self.jobs)
         return len(self._running) < self.num_slots and not is_alone
 
@@ -110,10 +110,10 @@ class Engine:
 
         Returns:
             The jobs that have ended, each with its error, or None if it succeeded. Jobs that are
-                tried once more are not among them.
+            retried have not ended.
 
         Raises:
-            OSError: a job failed by the disk or the network, so that other jobs would fail too.
+            OSError: a job failed because of the disk or the network, so other jobs would fail too.
             KeyboardInterrupt: a signal has asked this process to end.
         """
         notice_signals()
@@ -141,7 +141,10 @@ class Engine:
         try:
             error = future.exception()
         except CancelledError:  # we cancel nothing: Dask does when its scheduler is gone
-            raise OSError("the executor has lost its jobs: its scheduler is gone") from None
+            raise OSError(
+                "the executor has lost its jobs: its scheduler has stopped; start it, then the "
+                "same command resumes"
+            ) from None
         return JobDied(_death(error)) if type(error).__name__ in DEATHS else error
 
     def run(
@@ -156,7 +159,7 @@ class Engine:
         Args:
             jobs: jobs, in the order in which to start them.
             watch: called with the running jobs, several times a second.
-            ended: called with each job that is done, also if it was done before this call.
+            ended: called with each job that has a result, also from before this call.
             failed: called with each job that failed, and with the job's error. It must write the
                 job's result. None: the first error is raised.
 
@@ -206,7 +209,7 @@ class Engine:
                 self._close()
 
     def _renew(self, width: int) -> None:
-        """End the pool's processes, which frees memory; later jobs get ``width`` new processes."""
+        """Replace the pool's processes by ``width`` new ones, which frees memory."""
         if self._in_processes and self._pool is not None:
             self._pool.close()
             self._pool.join()
@@ -214,7 +217,7 @@ class Engine:
         self._width = width
 
     def _share_threads(self) -> None:
-        """Tell the running jobs their share of the cores, which grows as other jobs end."""
+        """Tell each running job how many threads it may use: more when fewer jobs run."""
         each = str(num_threads(max(1, min(len(self._running), self._width))))
         for job in self._running.values():
             if self._in_processes and self._threads.get(job.folder) != each:
@@ -223,7 +226,7 @@ class Engine:
                 self._threads[job.folder] = each
 
     def _drop_broken_pool(self) -> None:
-        """Drop the pool if it is broken, as it is after a process died between two jobs."""
+        """Discard the pool of processes if it is broken because a process died between jobs."""
         if self._pool is not None and not self._pool.active:
             self._pool.stop()
             self._pool = None
@@ -233,7 +236,7 @@ def _verdict(job: Job, error: BaseException | None) -> BaseException | None:
     """Return the error of a job as ``Engine.wait`` reports it; None: the job succeeded.
 
     Raises:
-        OSError: the job failed by the disk or the network, and is not to blame.
+        OSError: the disk or the network failed, not the job itself.
     """
     if error is None:
         tidy(job)
@@ -247,7 +250,7 @@ def _verdict(job: Job, error: BaseException | None) -> BaseException | None:
 
 
 def _is_memory(error: BaseException | None) -> bool:
-    """Whether an error says that a job ran out of memory; ``JobDied`` does not count."""
+    """Whether an error says that a job ran out of memory; ``JobDied`` does not say so."""
     return isinstance(error, Exception) and not isinstance(error, JobDied) and is_memory(error)
 
 

@@ -24,7 +24,7 @@ class UserError(ValueError):
 
 
 class CandidateFailed(RuntimeError):
-    """A candidate of a search cannot be scored.
+    """A candidate (student shape) of a search cannot be trained or scored.
 
     Its trial fails with the message as the reason, and the search goes on.
     """
@@ -38,7 +38,7 @@ class DeviceFailed(CandidateFailed):
 
 
 def reason_of(error: Exception) -> str:
-    """Return the text that is recorded as the reason why a candidate failed with this error."""
+    """Return the text to record as the reason why a candidate failed with this error."""
     if isinstance(error, CandidateFailed):
         return str(error)
     if is_memory(error):
@@ -47,7 +47,7 @@ def reason_of(error: Exception) -> str:
 
 
 def is_memory(error: Exception) -> bool:
-    """Whether an error of any library says that memory has run out, on the CPU or a GPU."""
+    """Whether an error, of any library, means that CPU or GPU memory ran out."""
     return isinstance(error, MemoryError) or bool(
         re.search(OUT_OF_MEMORY, f"{type(error).__name__}: {error}")
     )
@@ -62,7 +62,7 @@ def is_device_failure(error: Exception) -> bool:
 
 
 class ParityError(RuntimeError):
-    """An exported file computes something else than its model.
+    """An exported file gives different outputs from the model's.
 
     Nothing is exported then, and the command ends with exit code 1.
     """
@@ -75,7 +75,7 @@ def tell(message: str) -> None:
 
 
 def nearest(name: object, choices: Iterable[str], always_list: bool = False) -> str:
-    """Return a hint for a name that does not exist, to append to an error message.
+    """Return a hint to append to a message about an unknown name: close or possible names.
 
     Args:
         name: the name as the user gave it; from YAML, it may be of any type.
@@ -84,7 +84,7 @@ def nearest(name: object, choices: Iterable[str], always_list: bool = False) -> 
 
     Returns:
         ``" Did you mean 'x'?"`` if a choice is close, else ``" Choose from: a, b, c."``; with
-            ``always_list`` both, if a choice is close.
+        ``always_list`` both, if a choice is close.
     """
     names = sorted(choices)
     close = difflib.get_close_matches(str(name), names, n=1)
@@ -98,7 +98,7 @@ def counted(number: int, thing: str) -> str:
 
 
 class StoreAway(OSError):
-    """The study's database did not answer for too long, or its disk has failed."""
+    """The database of the Optuna study did not answer for too long, or its disk has failed."""
 
 
 def first_line(error: BaseException) -> str:
@@ -112,13 +112,13 @@ def first_line(error: BaseException) -> str:
 
 
 def as_raised(error: OSError) -> OSError:
-    """Return the OSError that a worker of a DataLoader raised, with its ``errno``.
+    """Return a DataLoader worker's OSError as the worker raised it, with its ``errno``.
 
-    In the main process, torch raises an OSError without ``errno``, with the worker's traceback as
-    text. Other errors are returned as they are.
+    In the main process, torch re-raises it without ``errno``, with the worker's traceback as text.
+    Other errors are returned unchanged.
 
     Args:
-        error: error as the main process has raised it.
+        error: error that the main process has caught.
     """
     if error.errno is not None or not str(error).startswith("Caught "):
         return error
@@ -128,7 +128,7 @@ def as_raised(error: OSError) -> OSError:
 
 
 def causes(error: BaseException | None) -> Iterator[BaseException]:
-    """Yield an error, then its context (or else its cause), then the context of that, and so on."""
+    """Yield an error, then the error behind it (``__context__`` or ``__cause__``), and so on."""
     seen: set[int] = set()
     while error is not None and id(error) not in seen:  # a cause raised again is its own cause
         seen.add(id(error))

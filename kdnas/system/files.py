@@ -35,10 +35,10 @@ _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")
 class Run:
     """The paths of a run, which is in the folder ``<root>/<name>/``.
 
-    A run has five stages, and a stage is done when its last file exists: ``best_student.yaml``
+    A run has five stages. A stage is finished when its last file exists: ``best_student.yaml``
     (search), ``full_kd/result.json`` (full KD), ``glue/results.json`` (fine-tuning), the folder
     ``student/`` (export) and ``report.html`` (report). Each of these appears whole or not at all.
-    The run is done when these and ``manifest.json`` exist.
+    The run is finished when they and ``manifest.json`` exist.
 
     Args:
         root: folder of all runs, normally ``lightning_logs``.
@@ -82,15 +82,15 @@ class Run:
 
     @property
     def stillness(self) -> Path:
-        """Path of the lock by which nothing of this run trains here while latency is measured.
+        """Path of the lock that pauses training on this machine while latency is measured.
 
-        The lock lies on a local disk, since it is taken at each training step.
+        The lock is on a local disk, because it is taken at each training step.
         """
         key = hashlib.sha256(os.fsencode(self.folder.resolve())).hexdigest()[:16]
         return Path(tempfile.gettempdir()) / f"kdnas-{os.getuid()}-{key}-stillness.lock"
 
     def check_writable(self) -> None:
-        """Check that the run's folder can be written to; to be called before training.
+        """Check, before training, that the run's folder can be written to.
 
         No file is left behind.
 
@@ -102,27 +102,29 @@ class Run:
         check_writable(self.folder, "--root")
 
     def refuse_links(self) -> None:
-        """Refuse a run's folder with links that lead out of it, so that no file outside is changed.
+        """Raise an error if the run's folder is a link or contains links to places outside it.
+
+        Otherwise kdnas could change files outside the folder.
 
         Raises:
-            UserError: the folder is itself a link, or contains a link to a place outside it.
+            UserError: there is such a link.
         """
         if os.path.islink(self.folder):
             raise UserError(
-                f"{str(self.folder)!r} is a link to {os.readlink(self.folder)!r}: "
-                "give the name and the --root of the run that it leads to."
+                f"{str(self.folder)!r} is a link to {os.readlink(self.folder)!r}: give the name "
+                "and the --root of that run instead."
             )
         home = self.folder.resolve()
         for path in links_in(self.folder):
             if not Path(os.path.realpath(path)).is_relative_to(home):
                 raise UserError(
-                    f"{str(path)!r} is a link to {os.readlink(path)!r}, outside the run: "
-                    "replace it with a copy of its target, or remove it."
+                    f"{str(path)!r} is a link to {os.readlink(path)!r}, outside the run's folder: "
+                    "replace the link with a copy, or remove it."
                 )
 
     @contextmanager
     def alone(self, remedy: str) -> Iterator[None]:
-        """Hold the run's lock in the context, so that no two processes work on the same run.
+        """Context manager that locks the run, so that no other process works on it.
 
         Args:
             remedy: what the user can do if another process holds the lock, as the end of the error
@@ -138,7 +140,7 @@ class Run:
         except Timeout as error:
             holder = path.read_text(encoding="utf-8", errors="replace") or "another process"
             raise UserError(
-                f"The run {self.name!r} is being made by {holder:.200}: {remedy}."
+                f"The run {self.name!r} is in use by {holder:.200}: {remedy}."
             ) from error
         try:
             with placed(path):
@@ -150,22 +152,25 @@ class Run:
             lock.release()
 
     def refuse_other_kind(self, is_comparison: bool) -> None:
-        """Refuse to use the folder of a search for a comparison of models, and the reverse.
+        """Raise an error if a search's folder is used for a comparison of models, or the reverse.
 
         Only the ``config.yaml`` of a comparison has the key ``model``.
 
         Args:
-            is_comparison: the folder is to be used for a comparison; False: for a search.
+            is_comparison: whether the folder is to be used for a comparison (``kdnas glue``) or for
+                a search.
 
         Raises:
-            UserError: the folder was used for the other, or its ``config.yaml`` cannot be read.
+            UserError: the folder was used for the other kind, or its ``config.yaml`` cannot be
+                read.
         """
         if self.config.exists() and ("model" in read_yaml(self.config)) != is_comparison:
             ours, theirs = (
                 ("a comparison", "a search") if is_comparison else ("a search", "a comparison")
             )
             raise UserError(
-                f"{str(self.folder)!r} is the folder of {theirs}, not of {ours}: give another --name."
+                f"{str(self.folder)!r} was made as the folder of {theirs}, and cannot be used for "
+                f"{ours}: give another --name."
             )
 
 
@@ -232,19 +237,16 @@ FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def full_disk(error: BaseException) -> OSError | None:
-    """Return the error of a full disk among an error and its causes; None: there is none.
+    """Return the disk-full error among an error and its causes; None: there is none.
 
-    When a disk is full, the clean-up may raise another error, such as that of a missing file.
+    After a full disk, the clean-up may raise another error, such as a missing file.
     """
     found = (one for one in causes(error) if isinstance(one, OSError) and one.errno in FULL)
     return next(found, None)
 
 
 def room(error: OSError) -> str:
-    """Return how much of a full disk is free, as text to append to the message of an error.
-
-    If the error is not that of a full disk, the text is ``""``.
-    """
+    """Return a full disk's free space as text for an error message; ``""`` for other errors."""
     if error.errno not in FULL or not isinstance(error.filename, str):
         return ""
     place = nearest_folder(Path(error.filename).parent)  # new_folder may have removed it
@@ -253,7 +255,7 @@ def room(error: OSError) -> str:
 
 @contextmanager
 def placed(path: Path) -> Iterator[None]:
-    """Give a path to an OSError that is raised in the context without one, as by a failed write."""
+    """Context manager that adds ``path`` to an OSError without one, such as of a failed write."""
     try:
         yield
     except OSError as error:
@@ -264,10 +266,10 @@ def placed(path: Path) -> Iterator[None]:
 
 @contextmanager
 def new_file(path: Path) -> Iterator[IO[bytes]]:
-    """Open a file to write, so that readers see the old file or the whole new one, never a part.
+    """Context manager to write a file: readers see the old file or the whole new one, never a part.
 
-    The context is given a temporary file in the same folder, which is renamed to ``path`` at the
-    end. After an exception the temporary file is removed, and an old file is still there.
+    It gives a temporary file in the same folder, which is renamed to ``path`` at the end. After an
+    exception the temporary file is removed and an old file is kept.
 
     Raises:
         UserError: ``path`` is a folder, a pipe or a device.
@@ -307,12 +309,12 @@ def this_host() -> str:
 
 
 def owned(name: str) -> str:
-    """Return a prefix for the name of a temporary file or folder.
+    """Return a prefix for the name of a temporary file or folder, with this process's id.
 
-    The prefix has this process's id, by which ``sweep`` recognises what a killed process has left.
+    ``sweep`` uses the id to recognise what a killed process has left.
 
     Args:
-        name: beginning of the prefix, such as the name that the file or folder gets in the end.
+        name: beginning of the prefix, such as the final name of the file or folder.
     """
     return f"{name}.{this_host()}-{os.getpid()}."
 
@@ -362,10 +364,7 @@ def sweep(folder: Path, pattern: str = "**/.*") -> None:
 
 
 def temporary_folder() -> tempfile.TemporaryDirectory[str]:
-    """Make a temporary folder, which is removed with the returned object.
-
-    Temporary folders that killed processes of kdnas have left are removed, too.
-    """
+    """Return a ``TemporaryDirectory``, after removing those that killed kdnas processes left."""
     sweep(Path(tempfile.gettempdir()), "kdnas.*")
     return tempfile.TemporaryDirectory(prefix=owned("kdnas"))
 
@@ -381,13 +380,13 @@ def is_alive(pid: int) -> bool:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write text to a file by ``new_file``."""
+    """Write text to a file; readers see the old file or the whole new one."""
     with new_file(path) as file:
         file.write(text.encode())
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a value to a file as indented JSON, by ``new_file``.
+    """Write a value as indented JSON; readers see the old file or the whole new one.
 
     Raises:
         ValueError: the value contains NaN or infinity, which JSON does not have.
@@ -406,15 +405,16 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise UserError(
-            f"{str(path)!r} is damaged ({first_line(error)}): delete it, and the same command makes it again."
+            f"{str(path)!r} is damaged ({first_line(error)}): delete it and repeat the command, "
+            "which makes it again."
         ) from error
 
 
 def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Make the dict of a JSON object, in which no key may be given twice.
+    """Return the dict of a JSON object; a duplicate key is an error.
 
-    This is an ``object_pairs_hook`` for ``json.loads``, which by itself would silently take the
-    last value of such a key.
+    It is an ``object_pairs_hook`` for ``json.loads``, which by default takes the last value of a
+    duplicate key.
 
     Args:
         pairs: keys and values of the object.
@@ -439,16 +439,16 @@ def file_sha256(path: Path) -> str:
 def stamp(path: Path | os.DirEntry[str]) -> list[int]:
     """Return a file's stamp: its size in bytes and its modification time in ns.
 
-    As long as the stamp is the same, the content of the file is taken to be the same.
+    While the stamp is the same, the file is taken to be unchanged.
     """
     status = path.stat()
     return [status.st_size, status.st_mtime_ns]
 
 
 def read_stamps(path: Path) -> dict[str, list[Any]]:
-    """Read the stamps (see ``stamp``) of files whose content was checked by hashing.
+    """Read the stamps (size, modification time) of files that were already checked by hashing.
 
-    As long as a file has the stamp that was read, it need not be hashed again.
+    A file with the same stamp need not be hashed again.
 
     Args:
         path: JSON file that maps names of files to stamps.
@@ -469,7 +469,7 @@ class KeptFile(io.FileIO):
     """
 
     def piece(self, start: int, size: int) -> bytes:
-        """Read ``size`` bytes from byte ``start``; processes and threads may do so at once."""
+        """Read ``size`` bytes from byte ``start``; safe with several processes and threads."""
         return os.pread(self.fileno(), size, start)
 
     def __del__(self) -> None:
@@ -478,11 +478,10 @@ class KeptFile(io.FileIO):
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """Make a folder that appears whole or not at all.
+    """Context manager to write a folder that appears whole or not at all.
 
-    The context is given a temporary folder to fill. At the end the temporary folder is renamed to
-    ``path``, and replaces an old folder of that name. After an exception the temporary folder is
-    removed, and the old folder is still there.
+    It gives a temporary folder to fill, which is renamed to ``path`` at the end and replaces an old
+    folder there. After an exception the temporary folder is removed and the old folder is kept.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=_prefix(path)))
@@ -504,7 +503,7 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 
 def _exchange(one: Path, other: Path) -> None:
-    """Swap the names of two folders; if that fails midway, ``other`` gets its name back."""
+    """Swap two folders; if this fails midway, ``other`` is back under its name."""
     aside = Path(tempfile.mkdtemp(dir=other.parent, prefix=_prefix(other), suffix=ASIDE))
     os.replace(other, aside)
     try:
@@ -516,7 +515,7 @@ def _exchange(one: Path, other: Path) -> None:
 
 
 def short_names(sources: Sequence[str]) -> list[str]:
-    """Shorten paths to as few of their last parts as tell them apart.
+    """Shorten paths to the fewest last parts that are still distinct.
 
     For example, ``x/a/student`` and ``x/b/student`` become ``a/student`` and ``b/student``. If two
     paths are equal, all are returned as they are.

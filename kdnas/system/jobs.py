@@ -53,12 +53,12 @@ DISK_ERRORS = {
 
 
 class Stopped(Exception):
-    """A job has ended because it was asked to stop."""
+    """Raised in a job that was asked to stop."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """A function call that is made once, with its result in a file.
+    """A function call whose result is stored in a file, so that it is made only once.
 
     Args:
         folder: folder of ``result.json`` and of everything else that the job writes.
@@ -76,12 +76,12 @@ class Job:
 
     @property
     def result_file(self) -> Path:
-        """Path of the result, which exists once the job is done."""
+        """Path of the job's ``result.json``, which exists once the job is done."""
         return self.folder / "result.json"
 
     @property
     def is_done(self) -> bool:
-        """Whether the result exists."""
+        """Whether the job's ``result.json`` exists."""
         return self.result_file.is_file()
 
 
@@ -101,8 +101,8 @@ class Reporter:
         """Add values to ``progress.json``, which is written at most twice a second.
 
         Args:
-            at_once: write the file now in any case.
-            **known: JSON values by name; values under other names are kept.
+            at_once: write the file immediately.
+            **known: JSON values by name; values under other names stay.
         """
         self._known |= known
         if at_once or time.monotonic() > self._told + 0.5:
@@ -126,7 +126,7 @@ class Reporter:
             raise Stopped
 
     def take_threads(self) -> None:
-        """Have torch use as many threads as the file ``threads`` says, if it exists."""
+        """Set torch's number of threads to that in the job's file ``threads``, if it exists."""
         import torch
 
         with suppress(OSError, ValueError):
@@ -135,7 +135,7 @@ class Reporter:
                 torch.set_num_threads(told)
 
     def may_go_on(self, step: int) -> bool:
-        """Wait for the pruner's answer to the job's report at a step; False: the job must end.
+        """Wait for the pruner's answer to the report at this step; False: the job must end.
 
         Raises:
             Stopped: the job was asked to stop while it waited.
@@ -149,7 +149,7 @@ class Reporter:
 
 
 def progress_of(folder: Path) -> dict[str, Any]:
-    """Return the values that the job with this folder has reported so far; empty: none."""
+    """Return the values that a job has reported so far, from ``progress.json`` in its folder."""
     try:
         return dict(json.loads((folder / "progress.json").read_text()))
     except (OSError, ValueError):
@@ -164,13 +164,14 @@ def is_disk_failure(error: BaseException) -> bool:
 
 
 def run_job(job: Job) -> None:
-    """Make the call of a job, and write what it returns to the job's ``result.json``.
+    """Run a job's function and write what it returns to the job's ``result.json``.
 
     Raises:
-        UserError, CandidateFailed, Stopped, ProcessExpired, KeyboardInterrupt: the call raised it.
-        OSError: the call or the writing raised it; parts that cannot be pickled are left out.
-        DeviceFailed: the call raised another exception, which means that the GPU has failed.
-        CandidateFailed: the call raised any other exception, whose text is the reason.
+        UserError, CandidateFailed, Stopped, ProcessExpired, KeyboardInterrupt: the function raised
+            it.
+        OSError: the function or the writing raised it; parts that cannot be pickled are left out.
+        DeviceFailed: the function raised another exception, which means that the GPU has failed.
+        CandidateFailed: the function raised any other exception, whose text is the reason.
     """
     failure: Exception
     try:
@@ -191,7 +192,7 @@ def run_job(job: Job) -> None:
 
 
 def tidy(job: Job) -> None:
-    """Remove the files by which a job and the engine have communicated; the result is kept."""
+    """Delete the files by which a job communicated with the engine; the result stays."""
     for pattern in ("stop", "threads", "progress.json", "go_on_*", "prune_*"):
         for old in job.folder.glob(pattern):
             old.unlink()

@@ -1,6 +1,6 @@
 """Write ``manifest.json``, a list of the files of a folder with their hashes, and check it.
 
-A finished run, fit, comparison or export has one.
+A finished run, fit, comparison or export has a manifest.
 """
 
 import os
@@ -28,8 +28,8 @@ def version(library: str) -> str | None:
 def write_manifest(folder: Path, about: Mapping[str, Any]) -> None:
     """Write the ``manifest.json`` of a folder.
 
-    It has the size and SHA-256 of every file in the folder, and the versions of libraries. Write it
-    last: files that are added to the folder later are not in it.
+    The manifest has the size and SHA-256 of every file in the folder, and the versions of
+    libraries. Files that are added later are not in it, so write it last.
 
     Args:
         folder: folder whose files to list.
@@ -45,10 +45,10 @@ def write_manifest(folder: Path, about: Mapping[str, Any]) -> None:
 
 
 def renew(path: Path) -> None:
-    """Update the manifests of the folders that contain a path, after kdnas has rewritten the path.
+    """Update the manifests in the parent folders of a path that kdnas has rewritten.
 
-    Entries of files outside the path stay as they are, so ``verify`` still reports such a file if
-    somebody has changed it. Folders without a manifest of kdnas are skipped.
+    Entries of other files stay, so ``verify`` still reports those that somebody has changed.
+    Folders without a kdnas manifest are skipped.
 
     Args:
         path: path of a rewritten file, or of a folder whose content was rewritten.
@@ -71,7 +71,7 @@ def renew(path: Path) -> None:
 
 
 def _ours(path: Path) -> dict[str, Any] | None:
-    """Read a manifest; None: the file is missing or damaged, or kdnas has not written it."""
+    """Read a manifest; None if it is missing, damaged, or was not written by kdnas."""
     try:
         values = _read(path) if os.path.isfile(path) else {}
     except (UserError, OSError):
@@ -88,7 +88,7 @@ def _read(path: Path) -> dict[str, Any]:
     values = read_json(path)
     files = values.get("files") if isinstance(values, dict) else None
     if not isinstance(files, dict) or not all(isinstance(entry, dict) for entry in files.values()):
-        raise UserError(f"{str(path)!r} is not a manifest: it lists no files.")
+        raise UserError(f"{str(path)!r} is not a manifest of kdnas: it lists no files.")
     return dict(values)
 
 
@@ -99,7 +99,7 @@ def _entry(path: Path) -> dict[str, Any]:
 
 
 def _files(folder: Path, but: Path | None = None) -> Iterator[Path]:
-    """Yield the files and links in a folder, without ``but``, locks and hidden names."""
+    """Yield the files and links in a folder, except ``but``, locks and hidden files."""
     for place, folders, names in os.walk(folder):  # does not follow links
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(
@@ -124,7 +124,8 @@ def verify(folder: Path) -> tuple[int, list[str]]:
     path = folder / MANIFEST
     if not path.is_file():
         raise UserError(
-            f"{str(folder)!r} has no manifest.json: nothing was made there, or it is not finished."
+            f"{str(folder)!r} has no manifest.json: a run or export there is not finished, or "
+            "there is none."
         )
     files = _read(path)["files"]
     faults = []

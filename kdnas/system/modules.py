@@ -25,11 +25,11 @@ class _NamedModules(MetaPathFinder):
 
 
 def name_modules(values: Iterable[Any]) -> None:
-    """Allow the import of the modules of the current folder that are named in some settings.
+    """Allow imports of those modules in the current folder that the settings name.
 
     An installed module of the same name has precedence. No other module of the current folder can
-    be imported by this process or its children: a library that tries to import an optional package
-    must not run a file that happens to have the package's name.
+    be imported by this process or its children: otherwise a library that tries to import an
+    optional package could run a user's file of the same name.
 
     Args:
         values: settings, nested or not; a class path in them, such as ``my_module.MyClass``, names
@@ -46,7 +46,7 @@ def name_modules(values: Iterable[Any]) -> None:
 
 
 def find_named_modules() -> None:
-    """Let this process import the modules that it, or its parent, gave to ``name_modules``."""
+    """Make the modules importable that this process or its parent gave to ``name_modules``."""
     if not any(isinstance(finder, _NamedModules) for finder in sys.meta_path):
         sys.meta_path.append(_NamedModules())
 

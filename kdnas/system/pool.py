@@ -39,9 +39,8 @@ _at_work: list[Path] = []  # folder of the job that this process runs, if any
 def warm_up(module: str | None = None) -> None:
     """Start the fork server, from which the processes of pools are forked.
 
-    The fork server blocks the signals in ``TERMINATIONS``: terminals and schedulers send them to
-    the whole process group, but the main process alone decides what to do. The output of the fork
-    server is discarded, since it prints a traceback if the process that asked for a fork has ended.
+    The fork server blocks the signals in ``TERMINATIONS``: terminals and schedulers send these to
+    the whole process group, but only the main process decides what to do. Its output is discarded.
 
     Args:
         module: name of a module that the fork server imports first, so that forked processes need
@@ -64,12 +63,12 @@ GPUS, THREADS = "KDNAS_GPUS", "KDNAS_THREADS"
 
 
 def make_pool(num_slots: int, own_gpu: bool = True) -> Any:
-    """Make a pool of processes, each with its share of the cores.
+    """Return a pool of processes, each with its share of the cores and, usually, one GPU.
 
     Args:
         num_slots: number of processes.
         own_gpu: each process sees only one GPU. False: each process sees all GPUs, even if this
-            process is itself in a slot and sees one.
+            process sees only one.
 
     Returns:
         A ``pebble.ProcessPool``.
@@ -86,11 +85,11 @@ def make_pool(num_slots: int, own_gpu: bool = True) -> Any:
 
 
 def usual_slots(accelerator: str) -> int:
-    """Return the default number of jobs that run at a time.
+    """Return the default number of parallel jobs: one per GPU or, without a GPU, one per core.
 
-    It is one for each GPU. Without a GPU it is one for each core, up to ``MOST_SLOTS``: parallel
-    jobs of one thread get more done than one job of several threads (LOG.md). With more jobs at a
-    time, a sampler would know fewer results when it proposes the next, and memory might run out.
+    Without a GPU at most ``MOST_SLOTS``. Parallel jobs of one thread get more done than one job of
+    several threads (LOG.md), but with more jobs a sampler would know fewer results when it proposes
+    the next candidate, and memory might run out.
 
     Args:
         accelerator: accelerator of Lightning's Trainer, such as ``auto`` or ``cpu``.
@@ -110,7 +109,7 @@ def num_gpus(accelerator: str) -> int:
 def num_threads(num_slots: int) -> int:
     """Return how many threads each of ``num_slots`` processes may use, at least 1.
 
-    They share the cores that this process may use, or its threads in torch if those are fewer.
+    The processes share the cores of this process, or its torch threads if these are fewer.
     """
     return max(1, _num_cores() // num_slots)
 
@@ -125,11 +124,10 @@ def _num_cores() -> int:
 
 
 def _begin(num_slots: int, environment: dict[str, str], threads: int, start_method: str) -> None:
-    """Initialise a process of a pool: it ends with its parent, and sees the GPU of its slot.
+    """Initialise a process of a pool: choose its GPU, set its threads, end it with its parent.
 
     Args:
-        num_slots: number of slots among which the GPUs are shared out; 0: the process sees all
-            GPUs.
+        num_slots: number of processes that share the GPUs; 0: the process sees all GPUs.
         environment: environment variables of the parent.
         threads: number of threads that the process may use.
         start_method: method of ``multiprocessing`` by which the process starts its own children.
@@ -160,8 +158,8 @@ def _begin(num_slots: int, environment: dict[str, str], threads: int, start_meth
 def _end_with_parent() -> None:
     """Kill this process when the main process ends.
 
-    ``die_with_parent`` is not enough: for the kernel, the parent is the fork server, which lives as
-    long as any process that was forked from it.
+    ``die_with_parent`` is not enough: for the kernel, the parent is the fork server, which can
+    outlive the main process.
     """
     parent = multiprocessing.parent_process()
     assert parent is not None
@@ -170,7 +168,7 @@ def _end_with_parent() -> None:
 
 
 def _take_slot(num_slots: int) -> int:
-    """Return the first slot that no other living process of this pool has, and keep it."""
+    """Return the lowest slot number that no other living process of the pool has, and lock it."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     for slot in range(num_slots):
@@ -187,10 +185,10 @@ _taken: list[FileLock] = []
 
 
 def _end_unless_at_work(number: int, frame: Any) -> None:
-    """End at SIGTERM, unless a job is running that was not asked to stop.
+    """Handle SIGTERM: end the process, unless it runs a job that was not asked to stop.
 
-    While such a job runs, a SIGTERM comes from somebody who sent it to the whole process group; the
-    main process will then ask the job to stop.
+    In that case the signal was sent to the whole process group, and the main process will ask the
+    job to stop.
     """
     if not _at_work or (_at_work[0] / "stop").exists():
         os._exit(0)
@@ -221,7 +219,7 @@ def run_in_process(job: Job, level: int) -> None:
 
 @contextmanager
 def _at_work_in(folder: Path) -> Iterator[None]:
-    """In the context, survive a SIGTERM, and append what is printed to ``job.log`` in a folder."""
+    """Context manager that ignores SIGTERM and appends all output to ``job.log`` in a folder."""
     _at_work[:] = [folder]
     try:
         with _output_into(folder / "job.log"):
@@ -233,7 +231,7 @@ def _at_work_in(folder: Path) -> Iterator[None]:
 def share_devices(
     num_ranks: int, folder: Path, call: Callable[..., dict[str, Any]], args: tuple[Any, ...]
 ) -> dict[str, Any]:
-    """Make a job's call in several processes that train together by DDP, each with a device.
+    """Call a job's function in several processes that train together by DDP, one per device.
 
     If a process raises an error or dies, the other processes are ended, since they would wait for
     it forever.
@@ -296,7 +294,7 @@ def _run_rank(
 
 @contextmanager
 def _output_into(path: Path) -> Iterator[None]:
-    """In the context, append what this process prints to a file, also what native code prints."""
+    """Context manager that appends this process's output to a file, also that of native code."""
     for output in (sys.stdout, sys.stderr):
         output.flush()
     kept = [os.dup(stream) for stream in (1, 2)]

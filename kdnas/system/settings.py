@@ -10,9 +10,7 @@ from kdnas.system.files import read_json, write_json
 
 
 def keep_settings(path: Path, asked: Mapping[str, Any], whose: str, remedy: str) -> None:
-    """Write the settings that a folder is made with to a file; later, refuse other settings.
-
-    Settings are refused if the file exists and has other values.
+    """Write the settings of a folder to a file; if the file exists, they must equal it.
 
     Args:
         path: path of the JSON file.
@@ -36,7 +34,7 @@ def keep_settings(path: Path, asked: Mapping[str, Any], whose: str, remedy: str)
 def refuse_difference(
     known: Mapping[str, Any], asked: Mapping[str, Any], whose: str, remedy: str
 ) -> None:
-    """Refuse settings that differ from those with which something was made.
+    """Raise an error if settings differ from those with which something was made.
 
     Args:
         known: settings with which it was made.

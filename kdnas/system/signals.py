@@ -11,16 +11,16 @@ from typing import Any
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM or SIGUSR1 has come, which is treated as Ctrl-C, but with exit code 143.
+    """SIGTERM or SIGUSR1 was received; handled like Ctrl-C, but with exit code 143.
 
     Slurm can be told to send SIGUSR1 some time before it ends a job.
     """
 
 
 class HungUp(Terminated):
-    """SIGHUP has come: the terminal is gone. The exit code is 129.
+    """SIGHUP was received: the terminal is gone. The exit code is 129.
 
-    Under ``nohup`` this is not raised, since SIGHUP is ignored there.
+    Under ``nohup`` SIGHUP is ignored, and this is not raised.
     """
 
 
@@ -45,10 +45,9 @@ def exit_code(stop: type[BaseException]) -> int:
 
 
 def notice_signals() -> None:
-    """Raise the exception of an earlier signal again, in case that exception was swallowed.
+    """Raise the exception of an earlier signal again, in case it was swallowed.
 
-    Python prints and ignores exceptions in finalisers (``__del__``), and a signal may arrive while
-    a finaliser runs.
+    Python ignores exceptions in finalisers (``__del__``), and a signal may arrive while one runs.
 
     Raises:
         KeyboardInterrupt: a signal has asked this process to end.
@@ -58,16 +57,15 @@ def notice_signals() -> None:
 
 
 def die_with_parent() -> None:
-    """On Linux, have the kernel kill this process when the thread that started it ends."""
+    """On Linux, let the kernel kill this process when its parent thread ends."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, int(signal.SIGKILL))  # PR_SET_PDEATHSIG
 
 
 def start_resource_tracker() -> None:
-    """Start Python's resource tracker so that it survives signals to the whole process group.
+    """Start Python's resource tracker now, so that it ignores signals to the whole process group.
 
-    If the tracker were started later, by whatever needs it first, it would survive only SIGINT and
-    SIGTERM.
+    Started later by Python itself, it would ignore only SIGINT and SIGTERM.
     """
     known = signal.pthread_sigmask(signal.SIG_BLOCK, TERMINATIONS)  # the tracker inherits this
     try:
@@ -78,11 +76,11 @@ def start_resource_tracker() -> None:
 
 @contextmanager
 def honest_signals() -> Iterator[None]:
-    """In the context, turn signals that ask this process to end into exceptions.
+    """Context manager that turns signals asking this process to end into exceptions.
 
     The signals are SIGINT (Ctrl-C), SIGTERM, SIGUSR1 and SIGHUP; the exceptions are raised in the
-    main thread. Lightning by itself would turn such signals into SystemExit. Signals that already
-    have a handler, or are ignored, are left alone.
+    main thread. Lightning alone would turn these signals into SystemExit. Signals that already have
+    a handler, or are ignored, are left alone.
 
     Raises:
         KeyboardInterrupt: after Ctrl-C; its subclass ``Terminated`` after SIGTERM or SIGUSR1,

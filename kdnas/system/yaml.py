@@ -19,21 +19,25 @@ NO_VALUE = (ValueError, LookupError, AttributeError, TypeError)
 
 
 def check_yaml(text: str) -> None:
-    """Refuse YAML that is too large, or loads as something else than a person who reads it expects.
+    """Raise an error for YAML that is too large, or means something else than a reader expects.
 
-    The text is parsed, but no objects are made from it.
+    The text is parsed, but no objects are created from it.
 
     Raises:
-        yaml.YAMLError: the text is not valid YAML; a key is given twice; a value contains itself,
-            or a NUL character, which no file name can have; or the text has too many characters,
-            too many levels, or too many values when its aliases are expanded.
+        yaml.YAMLError: the text is not valid YAML; a key is given twice; a value contains itself or
+            a NUL character; or the text has too many characters, levels or (with aliases expanded)
+            values.
     """
     if len(text) > MOST_CHARACTERS:
-        raise yaml.YAMLError(f"it has {len(text):,} characters, more than {MOST_CHARACTERS:,}")
+        raise yaml.YAMLError(
+            f"the YAML has {len(text):,} characters, but at most {MOST_CHARACTERS:,} are allowed"
+        )
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
     except RecursionError:
-        raise yaml.YAMLError(f"it is nested more than {MOST_LEVELS} levels deep") from None
+        raise yaml.YAMLError(
+            f"the YAML is nested too deeply: at most {MOST_LEVELS} levels are allowed"
+        ) from None
     if node is not None:
         _count(node, (), {})
 
@@ -50,14 +54,17 @@ def _count(node: yaml.Node, above: tuple[yaml.Node, ...], known: dict[yaml.Node,
     if node in above:
         raise yaml.YAMLError(f"a value contains itself, {where}")
     if len(above) > MOST_LEVELS:
-        raise yaml.YAMLError(f"it is nested more than {MOST_LEVELS} levels deep, {where}")
+        raise yaml.YAMLError(
+            f"the YAML is nested too deeply: at most {MOST_LEVELS} levels are allowed, {where}"
+        )
     if isinstance(node, yaml.ScalarNode) and "\0" in node.value:
         raise yaml.YAMLError(f"a value contains a NUL, {where}")
     if node not in known:
         known[node] = 1 + sum(_count(child, (*above, node), known) for child in _children(node))
         if known[node] > MOST_NODES:
             raise yaml.YAMLError(
-                f"it has more than {MOST_NODES:,} values with aliases expanded, {where}"
+                f"the YAML has more than {MOST_NODES:,} values after its aliases are expanded, "
+                f"{where}"
             )
     return known[node]
 
@@ -91,17 +98,17 @@ def read_yaml(path: Path) -> dict[str, Any]:
         said = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"Cannot read {str(path)!r}: {said.rstrip('.')}.") from error
     if not isinstance(values, dict):
-        raise UserError(f"{str(path)!r} holds no mapping: it must map names to values.")
+        raise UserError(
+            f"{str(path)!r} holds no mapping: write names with values, such as 'seed: 1'."
+        )
     return values
 
 
 def refuse_special(path: Path) -> None:
-    """Refuse a path that is a folder, a pipe or a device.
-
-    To read a pipe or a device might never end.
+    """Raise an error for a folder, a pipe or a device, as reading it might never end.
 
     Raises:
-        UserError: the path exists, but is no regular file.
+        UserError: the path exists, but is not a regular file.
     """
     if path.exists() and not path.is_file():
         raise UserError(f"{str(path)!r} is a folder, a pipe or a device: give a file.")

@@ -26,11 +26,11 @@ TOKENS_AT_ONCE = 1024
 
 
 class StaticForSequenceClassification(nn.Module):
-    """Classifier without layers: a linear head on the mean of static token vectors.
+    """Baseline classifier without layers: a linear head on the mean of static token vectors.
 
-    It has the interface of a transformers classifier. For a pair of sentences, the head sees the
-    mean of each sentence, after a layer norm, and the elementwise product of the two means. For a
-    single sentence, the second mean and the product are 0.
+    It has the interface of a transformers classifier. For a sentence pair, the head sees the
+    layer-normed mean of each sentence and the elementwise product of both. For a single sentence,
+    the second mean and the product are 0.
 
     Args:
         config: the config of the teacher, whose tokenizer is used.
@@ -56,7 +56,7 @@ class StaticForSequenceClassification(nn.Module):
         token_type_ids: Tensor | None = None,
         output_hidden_states: bool = False,
     ) -> SequenceClassifierOutput:
-        """Return logits (B, num_labels); the arguments after ``attention_mask`` are ignored."""
+        """Return logits (B, num_labels); token types and ``output_hidden_states`` are ignored."""
         vectors_BTH = self.vectors(input_ids)
         ends_BT = input_ids == self.separator
         is_second_BT = ends_BT.cumsum(1) > 0
@@ -69,14 +69,14 @@ class StaticForSequenceClassification(nn.Module):
         return SequenceClassifierOutput(logits=self.head(GAIN * features))
 
     def get_input_embeddings(self) -> nn.Embedding:
-        """Return the token vectors; transformers' classifiers have a method of this name."""
+        """Return the token vectors, by the method name of transformers' models."""
         return self.vectors
 
     def set_attn_implementation(self, name: str) -> None:
         """Do nothing: this classifier has no attention."""
 
     def save_pretrained(self, folder: Path) -> None:
-        """Write the weights but no config: with one, the folder would be taken for an encoder's."""
+        """Write the weights alone: with a ``config.json`` the folder would look like an encoder."""
         save_file(self.state_dict(), folder / "model.safetensors")
 
 
@@ -117,14 +117,13 @@ def token_vectors(teacher: Teacher) -> Tensor:
 
 
 def static_classifier(source: str, kept: Path, num_labels: int) -> StaticForSequenceClassification:
-    """Build the baseline without layers: a classifier of the mean of fixed vectors, one per token.
+    """Build the baseline without layers: a classifier on the mean of one fixed vector per token.
 
     The vectors are the teacher's ``token_vectors``.
 
     Args:
-        source: the teacher: a folder, a hub name or ``quickstart``.
-        kept: safetensors file of the vectors; if there is no such file, the vectors are computed
-            and written to it.
+        source: the teacher: a folder, a Hugging Face name or ``quickstart``.
+        kept: safetensors file that caches the vectors; written if it does not exist.
         num_labels: number of outputs.
     """
     teacher = find_teacher(source)
@@ -140,13 +139,13 @@ def static_classifier(source: str, kept: Path, num_labels: int) -> StaticForSequ
 
 @torch.no_grad()
 def cut_classifier(source: str, arch: StudentArch, num_labels: int) -> PreTrainedModel:
-    """Build a classifier from the teacher's first layers and its last, unchanged, and a new head.
+    """Build the layer-cut baseline: some of the teacher's layers, unchanged, and a new head.
 
-    Embeddings and pooler are the teacher's too.
+    The layers are the teacher's first and last ones. Embeddings and pooler are copied, too.
 
     Args:
-        source: the teacher: a folder, a hub name or ``quickstart``.
-        arch: shape of the result; ``kept_layers`` chooses which layers to keep for its depth.
+        source: the teacher: a folder, a Hugging Face name or ``quickstart``.
+        arch: shape of the result; ``kept_layers`` chooses the layers for its depth.
         num_labels: number of outputs.
     """
     teacher = load_classifier(source, num_labels)

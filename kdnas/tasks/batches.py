@@ -14,7 +14,7 @@ from kdnas.tasks.tasks import LoadedTask
 
 
 class LengthGroupedSampler(Sampler[int]):
-    """Orders rows so that those of similar length share a batch; the order differs by epoch."""
+    """Sampler that puts rows of similar length into a batch, in another order each epoch."""
 
     # Rows are sorted by length within pieces of this many batches: enough to save padding, few
     # enough to mix the rows.

@@ -41,16 +41,16 @@ class FinetuneSettings:
     """How a classifier is fine-tuned; the same for teacher and student.
 
     Args:
-        num_epochs: passes over the training rows; the score is that after the last pass.
+        num_epochs: passes over the training rows; the model is scored after the last pass.
         learning_rate: AdamW's peak learning rate, reached after the warm-up; it then falls linearly
-            to 0. null: by each model's size: 5e-5 for BERT-base, more for smaller models
-            (``usual_learning_rate``).
+            to 0. null: by the model's size (``usual_learning_rate``): 5e-5 for BERT-base, more for
+            smaller models.
         batch_size: rows per step.
         max_length: longest row in tokens, special tokens included; longer rows are cut.
         warmup_share: share of the steps in which the learning rate rises from 0; at least 0 and
             below 1.
-        weight_decay: AdamW's weight decay of matrices (not of biases or layer norms; on a CPU not
-            of the word embeddings).
+        weight_decay: AdamW's weight decay of matrices, not of biases and layer norms; on a CPU,
+            word embeddings have none either.
         seed: seed of dropout and of the order of the rows.
 
     Raises:
@@ -117,8 +117,8 @@ class GLUEModule(ClipFusedGradients):
 
     The loss is the cross entropy, or the mean squared error for a regression. The module logs
     ``train/loss``, ``val/loss``, ``val/<metric>`` for each of the task's metrics, and
-    ``val/score``, the mean of the metrics. For MNLI, which has two validation splits, ``val/loss``
-    and ``val/<metric>`` come twice, with ``_matched`` and ``_mismatched`` appended.
+    ``val/score``, the mean of the metrics. MNLI has two validation splits, so ``val/loss`` and
+    ``val/<metric>`` are logged for each, with ``_matched`` or ``_mismatched`` appended.
 
     Args:
         classifier: a transformers model for sequence classification, with ``task.num_labels``
@@ -141,7 +141,7 @@ class GLUEModule(ClipFusedGradients):
         self.metrics: Any = nn.ModuleList(make_metrics(task) for _ in self.suffixes)
 
     def on_fit_start(self) -> None:
-        """Turn dropout on: ``from_pretrained`` returns eval mode, which ``fit`` does not change."""
+        """Turn dropout on: ``from_pretrained`` gives eval mode, which Lightning does not change."""
         self.train()
 
     def setup(self, stage: str | None = None) -> None:
@@ -152,14 +152,14 @@ class GLUEModule(ClipFusedGradients):
             take_rows(self.classifier)
 
     def forward(self, batch: dict[str, Tensor]) -> Tensor:
-        """Return float32 logits (B, num_labels), or predictions (B,) of a regression.
+        """Return float32 logits (B, num_labels), or a regression's predictions (B,).
 
-        The batch may have labels or not.
+        Labels in the batch are optional and not used.
         """
         return self.outputs(classify(self.classifier, batch))
 
     def outputs(self, answer: SequenceClassifierOutput) -> Tensor:
-        """Convert a classifier's output to what ``forward`` returns."""
+        """Return a classifier's logits, or a regression's predictions, in float32."""
         assert answer.logits is not None
         logits = answer.logits.float()
         return logits.squeeze(-1) if self.task.num_labels == 1 else logits
@@ -169,9 +169,11 @@ class GLUEModule(ClipFusedGradients):
         return self.label_loss(self(batch), batch["labels"])
 
     def label_loss(self, outputs: Tensor, labels: Tensor) -> Tensor:
-        """Return the loss of ``outputs``, from ``forward``, against the labels (B,).
+        """Return the loss against the labels: cross entropy, or squared error for a regression.
 
-        It is the cross entropy, or the mean squared error for a regression.
+        Args:
+            outputs: result of ``forward``.
+            labels: class ids or numbers, (B,).
         """
         return (
             F.mse_loss(outputs, labels.float())
@@ -192,7 +194,8 @@ class GLUEModule(ClipFusedGradients):
     def _finite(self, loss: Tensor) -> Tensor:
         if not loss.isfinite():
             raise CandidateFailed(
-                f"The loss of {self.task.name!r} is {loss.item()} at step {self.global_step}: lower the learning rate."
+                f"The training loss of task {self.task.name!r} is {loss.item()} at step "
+                f"{self.global_step}: lower the learning rate."
             )
         return loss
 
@@ -248,7 +251,7 @@ class GLUEModule(ClipFusedGradients):
 
 
 class _History(pl.Callback):
-    """Records the score after each epoch, and all metrics after the last."""
+    """Callback that records the score after each epoch, and all metrics after the last."""
 
     def __init__(self) -> None:
         self.rows: list[dict[str, float]] = []
@@ -268,9 +271,9 @@ class _History(pl.Callback):
 def keep_finetune_settings(
     folder: Path, task: LoadedTask, settings: FinetuneSettings, trainer_settings: TrainerSettings
 ) -> None:
-    """Write a fine-tuning's settings and the hash of its rows to ``made_with.json`` in ``folder``.
+    """Write the settings and the hash of the rows of a fine-tuning to ``made_with.json``.
 
-    If this file exists, compare it with the settings and rows instead.
+    If the file exists in ``folder``, compare it with the settings and rows instead.
 
     Raises:
         UserError: the file has other settings, or the hash of other rows.
@@ -295,8 +298,8 @@ def evaluate_glue(
 ) -> dict[str, Any]:
     """Fine-tune a classifier on a task, score it and save it.
 
-    The score is that after the last epoch. The score of the best epoch would be too high, as that
-    epoch would be chosen on the very rows that are scored.
+    The model is scored after the last epoch. The best epoch's score would be biased, because the
+    epoch would be chosen on the scored rows.
 
     Args:
         classifier: the classifier, whose weights are trained in place; afterwards it is in eval
@@ -328,7 +331,8 @@ def evaluate_glue(
     """
     if settings.max_length > max_length(classifier.config):
         raise UserError(
-            f"max_length is {settings.max_length}: this model takes at most {max_length(classifier.config)} tokens."
+            f"max_length is {settings.max_length}, but this model takes at most "
+            f"{max_length(classifier.config)} tokens: give a smaller max_length."
         )
     keep_finetune_settings(folder, task, settings, trainer_settings)
     if (folder / "result.json").is_file():

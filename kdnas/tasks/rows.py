@@ -20,12 +20,12 @@ SUFFIXES = (".parquet", ".csv", ".tsv")
 
 
 def find_file(folder: Path, *splits: str) -> Path:
-    """Return the path of a split's file, which ends with ``.parquet``, ``.csv`` or ``.tsv``.
+    """Return the path of a split's file: parquet, csv or tsv.
 
     Args:
         folder: folder of the task.
-        splits: names that the split may have, such as ``validation`` and ``dev``; the first of
-            which there is a file is taken.
+        splits: possible names of the split, such as ``validation`` and ``dev``; the first name that
+            has a file is used.
 
     Raises:
         UserError: there is no such file.
@@ -35,8 +35,8 @@ def find_file(folder: Path, *splits: str) -> Path:
         if path.is_file():
             return path
     raise UserError(
-        f"The task's file {str(paths[0])!r} is missing: a task has train.parquet and "
-        f"{splits[0]}.parquet, or csv or tsv files of these names."
+        f"The task has no file {str(paths[0])!r}: put train.parquet and {splits[0]}.parquet, or "
+        "csv or tsv files of these names, into its folder."
     )
 
 
@@ -50,8 +50,8 @@ def read_table(
             newlines, and an empty field is null; or a tsv file in GLUE's format, in which quotes
             mean nothing and a tab always ends a field.
         text_columns: columns that are read as text, even if they look like numbers.
-        header: column names for a tsv file without a header line, whose first row thus has none of
-            ``text_columns``; empty if a tsv file always has a header.
+        header: column names for a tsv file without a header line (a file whose first line has none
+            of ``text_columns``); empty: the file has a header line.
 
     Raises:
         UserError: the file's suffix is none of ``SUFFIXES``, or the file cannot be read.
@@ -93,14 +93,15 @@ def read_table(
 
 
 def part(columns: Columns, text_columns: Sequence[str], share: float) -> tuple[Columns, Columns]:
-    """Split rows into training rows and held-out rows; equal texts stay together.
+    """Split rows into training rows and held-out rows; rows with the same text stay together.
 
-    The texts with the smallest hashes are held out, so the split depends on the texts alone.
+    The texts with the smallest hashes are held out, so the split depends only on the texts.
 
     Args:
         columns: the rows.
         text_columns: the columns that hold a row's text.
-        share: share of the distinct texts that is held out, but at least one text, and not all.
+        share: share of the distinct texts to hold out; at least one text is held out, and never
+            all.
 
     Returns:
         The training rows and the held-out rows.
@@ -112,7 +113,8 @@ def part(columns: Columns, text_columns: Sequence[str], share: float) -> tuple[C
     order = sorted(set(texts), key=lambda text: hashlib.sha256("\0".join(text).encode()).digest())
     if len(order) < 2:
         raise UserError(
-            f"There are {len(texts)} rows with {len(order)} distinct texts: none can be held out."
+            f"The {len(texts)} rows have only {len(order)} distinct texts, so none can be held "
+            "out: give at least two."
         )
     held_out = set(order[: min(max(1, round(share * len(order))), len(order) - 1)])
     sides = [
@@ -125,7 +127,7 @@ def part(columns: Columns, text_columns: Sequence[str], share: float) -> tuple[C
 
 
 def in_turn(labels: Sequence[Any], most: int) -> list[int]:
-    """Draw at most ``most`` row numbers, evenly over the labels; each call draws the same."""
+    """Return at most ``most`` row numbers, spread evenly over the labels; the draw is fixed."""
     order = np.random.default_rng(0).permutation(len(labels))
     drawn = pd.Series(labels).iloc[order]
     turns = drawn.groupby(drawn).cumcount()

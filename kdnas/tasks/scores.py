@@ -23,11 +23,7 @@ class _F1(BinaryF1Score):
 
 
 class _Matthews(BinaryMatthewsCorrCoef):
-    """Matthews' correlation, 0.0 if it is undefined, as in scikit-learn.
-
-    If it is undefined, torchmetrics returns other values: 0.276 for ten equal predictions on seven
-    rows of one class and three of the other.
-    """
+    """Matthews' correlation; if undefined, 0.0 as in scikit-learn, where torchmetrics differs."""
 
     def compute(self) -> Tensor:
         tn, fp, fn, tp = self.confmat.cpu().double().flatten()
@@ -36,10 +32,9 @@ class _Matthews(BinaryMatthewsCorrCoef):
 
 
 class _Pearson(Metric):
-    """Pearson's r in float64, as in scipy, but 0.0 if it is undefined.
+    """Pearson's r in float64, as in scipy; 0.0 if it is undefined.
 
-    torchmetrics computes in float32, and returns NaN for constant and for nearly constant
-    predictions.
+    torchmetrics computes in float32, and returns NaN for (nearly) constant predictions.
     """
 
     full_state_update = False
@@ -85,7 +80,7 @@ METRICS: Mapping[str, Callable[[Task], Metric]] = {
 
 
 def make_metrics(task: Task) -> MetricCollection:
-    """Return a task's metrics by name; an undefined value, as a constant's correlation, is 0.0.
+    """Return a task's metrics by name; undefined values (such as a constant's correlation) are 0.0.
 
     The metrics take predictions (N,) and targets (N,): class ids, or numbers for a regression.
     """

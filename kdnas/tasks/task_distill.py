@@ -28,17 +28,17 @@ _BATCHES_TO_BEGIN_WITH = 32
 
 @dataclass(frozen=True)
 class TaskDistillSettings:
-    """How a classifier learns from a fine-tuned teacher, beside the labels.
+    """How a classifier learns from labels and from a fine-tuned teacher.
 
-    The loss is ``(1 - soft_weight) * labels + soft_weight * soft + hidden_weight * hidden``.
+    The loss is ``(1 - soft_weight) * labels + soft_weight * soft + hidden_weight * hidden``, with
+    the losses against the labels, the teacher's outputs and the teacher's last hidden states.
 
     Args:
         temperature: temperature of the softmax of student and teacher in the soft loss; a
             regression ignores it.
-        soft_weight: weight of the loss against the teacher's outputs, 0 to 1; the loss against the
-            labels has the rest.
-        hidden_weight: weight of the error against the teacher's last hidden states, which is
-            measured as a share of their variance.
+        soft_weight: weight of the loss against the teacher's outputs, 0 to 1.
+        hidden_weight: weight of the squared error against the teacher's last hidden states, divided
+            by their variance.
 
     Raises:
         UserError: a value is out of its range.
@@ -60,7 +60,7 @@ class TaskDistillSettings:
 
 
 def soft_loss(outputs: Tensor, teacher_outputs: Tensor, temperature: float) -> Tensor:
-    """Return the loss against the teacher's outputs, a scalar.
+    """Return the soft-label loss of a student against its teacher's outputs, a scalar.
 
     ``T^2 * mean_b KL(softmax(t_b / T) || softmax(s_b / T))``; for a regression, the mean squared
     error.
@@ -77,7 +77,8 @@ def soft_loss(outputs: Tensor, teacher_outputs: Tensor, temperature: float) -> T
     """
     if outputs.shape != teacher_outputs.shape:
         raise ValueError(
-            f"The shapes {tuple(outputs.shape)} and {tuple(teacher_outputs.shape)} differ."
+            f"outputs have the shape {tuple(outputs.shape)}, but teacher_outputs "
+            f"{tuple(teacher_outputs.shape)}; both must be equal."
         )
     if outputs.ndim == 1:
         return F.mse_loss(outputs, teacher_outputs)
@@ -88,7 +89,7 @@ def soft_loss(outputs: Tensor, teacher_outputs: Tensor, temperature: float) -> T
 
 
 def hidden_loss(predicted_BTH: Tensor, teacher_BTH: Tensor, mask_BT: Tensor) -> Tensor:
-    """Return the error of predicted hidden states, as a share of the teacher's variance.
+    """Return the squared error of predicted hidden states, divided by the teacher's variance.
 
     ``sum_n |p_n - t_n|^2 / sum_n |t_n - mean t|^2`` over the real tokens n of the batch.
 
@@ -121,16 +122,16 @@ def task_loss(label: Tensor, soft: Tensor, hidden: Tensor, settings: TaskDistill
 class TaskDistillModule(GLUEModule):
     """Lightning module that trains a classifier, the student, on labels and a fine-tuned teacher.
 
-    The teacher runs on the same rows. A linear projection, trained too, maps the student's last
-    hidden states to the teacher's width. The module logs what ``GLUEModule`` logs, and the parts of
+    The teacher runs on the same batches. A trained linear projection maps the student's last hidden
+    states to the teacher's width. Besides the logs of ``GLUEModule``, the module logs the parts of
     the loss: ``train/label``, ``train/soft`` and ``train/hidden``.
 
     Args:
-        classifier: as for ``GLUEModule``.
-        task: as for ``GLUEModule``.
-        settings: as for ``GLUEModule``.
-        teacher: classifier that was fine-tuned on the same task; not a submodule, and not trained.
-        distill: weights of the parts of the loss, and temperature.
+        classifier: the student: a transformers model for sequence classification.
+        task: what is predicted and how it is scored.
+        settings: epochs, learning rate and other training settings.
+        teacher: classifier that was fine-tuned on the same task; frozen, and not a submodule.
+        distill: weights of the parts of the loss, and the temperature.
     """
 
     def __init__(
@@ -210,12 +211,12 @@ def load_task_teacher(source: str, task: Task, *students: Teacher) -> PreTrained
     Args:
         source: a folder, such as ``model/`` of an earlier fine-tuning, or a name on the hub.
         task: the task on which the teacher must have been fine-tuned.
-        students: the encoders that will learn from the teacher; their tokenizers must match its
+        students: the encoders that will learn from the teacher; they must have the teacher's
             tokenizer.
 
     Raises:
-        UserError: there is no such model, it has no trained head for this task, its classes are in
-            another order, or its tokenizer does not match a student's.
+        UserError: the teacher does not exist, has no trained head for this task, has its classes in
+            another order, or has another tokenizer than a student.
     """
     found = find_teacher(source)
     config: Any = found.config
@@ -254,7 +255,9 @@ def load_task_teacher(source: str, task: Task, *students: Teacher) -> PreTrained
         raise UserError(f"Cannot load the teacher {source!r}: {first_line(error)}.") from error
     if info["missing_keys"]:
         raise UserError(
-            f"The weights of the teacher {source!r} lack {sorted(info['missing_keys'])[0]!r}."
+            f"The weights of the teacher {source!r} lack the tensor "
+            f"{sorted(info['missing_keys'])[0]!r}: give a classifier that was saved after "
+            "fine-tuning."
         )
     refuse_no_values(source, model)
     model.requires_grad_(False)

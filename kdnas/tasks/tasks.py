@@ -93,10 +93,14 @@ _COLA_HEADER = ("source", "label", "mark", "sentence")
 
 
 def class_order(task: Task, names: Sequence[str]) -> list[int] | None:
-    """Match the classes of a task by name to the classes of a classifier, whose names are given.
+    """Match a task's classes to a classifier's classes by name.
+
+    Args:
+        task: the task.
+        names: class names of the classifier, in the order of its outputs.
 
     Returns:
-        For each class of the task, its position in ``names``; None if a class is not found, the
+        For each class of the task, its position in ``names``; None if a class is missing there, the
         names are not unique, or the task's classes have no names.
     """
 
@@ -112,7 +116,7 @@ def class_order(task: Task, names: Sequence[str]) -> list[int] | None:
 
 
 def warn_of_names(task: Task, names: Sequence[str], source: str) -> None:
-    """Warn that classes are matched by position, if the task and the classifier both name them.
+    """Warn that classes are matched by position although task and classifier both name them.
 
     Args:
         task: the task.
@@ -127,7 +131,7 @@ def warn_of_names(task: Task, names: Sequence[str], source: str) -> None:
 
 
 def warn_of_head(task: Task, config: Any, source: str) -> None:
-    """Warn if a checkpoint has a head whose outputs or class names are not those of the task."""
+    """Warn if a checkpoint's classification head has other outputs or class names than the task."""
     if not has_classifier(config):
         return
     names = class_names(config)
@@ -140,13 +144,13 @@ def warn_of_head(task: Task, config: Any, source: str) -> None:
 
 @dataclass(frozen=True)
 class LoadedTask:
-    """A task with its rows.
+    """A labelled task with its rows.
 
     Args:
         task: what is predicted and how it is scored.
         train: the training rows: maps each of ``task.columns``, and ``label``, to a list of values.
-        validations: for each split in ``task.validations``, its rows, in the same form as
-            ``train``; they are scored.
+        validations: the rows to score on, in the form of ``train``, for each split in
+            ``task.validations``.
     """
 
     task: Task
@@ -160,7 +164,7 @@ class LoadedTask:
 
     @cached_property
     def sha256(self) -> str:
-        """SHA-256 of all rows in their order; the format of their files does not change it."""
+        """SHA-256 of all rows in order, whatever the format of their files."""
         rows = json.dumps([self.train, *self.validations.values()])
         return hashlib.sha256(rows.encode()).hexdigest()
 
@@ -183,9 +187,9 @@ class LoadedTask:
         if order is None:
             if config.num_labels != self.task.num_labels:
                 raise UserError(
-                    f"The student {source!r} has {config.num_labels} outputs, and "
-                    f"{self.task.name!r} needs {self.task.num_labels}: give the task that it was "
-                    "trained on."
+                    f"The student {source!r} has {config.num_labels} outputs, but the task "
+                    f"{self.task.name!r} needs {self.task.num_labels}: give the task that the "
+                    "student was trained on."
                 )
             warn_of_names(self.task, names, source)
             return self
@@ -205,7 +209,7 @@ class LoadedTask:
         return LoadedTask(task, splits.pop("train"), splits)
 
     def for_choosing(self, share: float) -> "LoadedTask":
-        """Return a task to choose settings on, whose validation split is held-out training rows.
+        """Return a task to choose hyperparameters on: it is validated on held-out training rows.
 
         Args:
             share: share of the distinct texts that is held out and scored.
@@ -216,14 +220,14 @@ class LoadedTask:
         train, held_out = part(self.train, self.task.columns, share)
         if self.task.num_labels != 1 and (lost := set(held_out["label"]) - set(train["label"])):
             raise UserError(
-                f"The label {min(lost)} of {self.task.name!r} has too few training rows "
-                "to hold any out."
+                f"The label {min(lost)} of {self.task.name!r} has so few training rows that none "
+                "can be held out: add rows with this label, or leave out --grid."
             )
         task = replace(self.task, validations=("validation",))
         return LoadedTask(task, train, {"validation": held_out})
 
     def save(self, folder: Path, most: int) -> Path:
-        """Write a sample of the task to ``<folder>/<name of the task>``, for ``load_task``.
+        """Write a sample of the task's rows to ``<folder>/<task name>``, for ``load_task``.
 
         Args:
             folder: where the folder of the task is made.
@@ -257,7 +261,7 @@ def load_task(source: str) -> LoadedTask:
             ``validation_matched`` and ``validation_mismatched``). A folder named like a GLUE task
             (``stsb`` or ``STS-B``) must have the columns of that task, as on the hub or in GLUE's
             own tsv files. Any other folder must have ``sentence``, ``text``, or ``sentence1`` and
-            ``sentence2``, and ``label`` (see ``load_labelled``).
+            ``sentence2``, and ``label`` (in the formats of ``load_labelled``).
 
     Raises:
         HubAway: the hub does not answer.
@@ -268,9 +272,9 @@ def load_task(source: str) -> LoadedTask:
         if os.path.isfile(source):
             suffix = Path(source).suffix
             raise UserError(
-                f"The task {source!r} is a file: give a folder with its rows as train{suffix}, "
-                f"columns text and label, and others as validation{suffix}; `kdnas glue --data` "
-                "takes one file and splits it."
+                f"The task {source!r} is a file: give a folder with train{suffix} (columns text "
+                f"and label) and validation{suffix}, or use `kdnas glue --data`, which splits one "
+                "file."
             )
         if source not in TASKS:
             hint = nearest(source, TASKS, True)
@@ -313,14 +317,14 @@ def load_labelled(
     """
     if not 1 <= len(set(text_columns)) == len(text_columns) <= 2 or label_column in text_columns:
         raise UserError(
-            f"The text columns are {', '.join(map(repr, text_columns)) or 'not given'} and the "
-            f"label column {label_column!r}: give one text column, or two of pairs, beside it."
+            f"text_column is {', '.join(map(repr, text_columns)) or 'empty'} and label_column is "
+            f"{label_column!r}: give one or two text columns, and another label column."
         )
     path = Path(data)
     if not path.exists():
         raise UserError(
-            f"The data {data!r} does not exist: give a file, or a folder with train and "
-            "validation files."
+            f"The data {data!r} does not exist: give a file, or a folder with train and validation "
+            "files."
         )
     if path.is_dir():
         name = path.resolve().name
@@ -361,10 +365,10 @@ def _class_names(table: pa.Table, column: str) -> list[str]:
 def _number_classes(
     task: Task, train: Columns, validation: Columns, source: str, order: Sequence[str]
 ) -> Task:
-    """Replace labels by class ids, in place, and return the task with its classes.
+    """Replace labels by class ids, in place, and return the task with its number of classes.
 
-    Labels that are numbers get the first ids, then text labels. Text labels follow ``order``, a
-    list of class names; those that it lacks come last, sorted.
+    Numbers come first, in ascending order, then text labels in the given ``order``; text labels
+    that ``order`` lacks come last, sorted.
     """
     place = {name: number for number, name in enumerate(order)}
     classes = sorted(
@@ -388,7 +392,7 @@ def _number_classes(
 def _loaded(
     task: Task, train: pa.Table, validations: Sequence[pa.Table], source: str
 ) -> LoadedTask:
-    """Check the tables of a GLUE task, and return the task with their rows."""
+    """Check the tables of a GLUE task, and return the task together with their rows."""
     splits = []
     for table, where in zip((train, *validations), ("train", *task.validations), strict=True):
         names = {name: name for name in (*task.columns, "label")}
@@ -401,8 +405,8 @@ def _loaded(
         if seen != list(range(task.num_labels)):
             shown = ", ".join(map(str, seen[:10]))
             raise UserError(
-                f"The training rows of {source!r} have the labels {shown}: "
-                f"every label from 0 to {task.num_labels - 1} must occur, and no other."
+                f"The training rows of {source!r} have the labels {shown}, but must have every "
+                f"label from 0 to {task.num_labels - 1} and no other: correct them."
             )
         for columns in splits[1:]:
             _refuse_unseen(splits[0], columns, source)
@@ -423,8 +427,8 @@ def _text_columns(name: str, train: pa.Table) -> tuple[str, ...]:
             log.warning(said, name, " and ".join(columns), left)
         return columns
     raise UserError(
-        f"The task {name!r} has no text column: it has {', '.join(train.column_names)}; "
-        "name it sentence, text, or sentence1 and sentence2."
+        f"The task {name!r} has no text column, only {', '.join(train.column_names)}: rename the "
+        "text column to sentence or text, or two to sentence1 and sentence2."
     )
 
 
@@ -438,13 +442,13 @@ def _download(task: Task) -> tuple[pa.Table, list[pa.Table]]:
 
 
 def _columns(task: Task, table: pa.Table, names: Mapping[str, str], where: str) -> Columns:
-    """Check the columns of a table and return them.
+    """Check the columns of a table of rows and return their values.
 
     Args:
         task: the task.
         table: the rows of one split.
-        names: maps each name that a column has in the result to its name in ``table``.
-        where: which rows these are, for messages.
+        names: maps the name of each column in the result to its name in ``table``.
+        where: description of the rows, for messages.
     """
     missing = [name for name in names.values() if name not in table.column_names]
     if missing:

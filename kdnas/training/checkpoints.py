@@ -39,10 +39,10 @@ def check_checkpoint(path: Path) -> dict[str, Any]:
 
 
 class WholeFiles(TorchCheckpointIO):
-    """Writes checkpoints so that readers see the old file or the whole new one.
+    """CheckpointIO with atomic writes: readers see the old checkpoint or the whole new one.
 
-    Lightning itself writes to a temporary folder first, which may be on another file system, so
-    that the file cannot simply be renamed.
+    Lightning's own writes first to a temporary folder, perhaps on another file system, so that it
+    cannot rename the file into place.
     """
 
     def save_checkpoint(
@@ -55,19 +55,19 @@ class WholeFiles(TorchCheckpointIO):
 
 
 class KeepLast(pl.Callback):
-    """Writes a checkpoint after each epoch, every few minutes, and when its job is asked to stop.
+    """Callback that saves a checkpoint after each epoch, every few minutes, and when asked to stop.
 
-    The job is the function call that makes the fit (``kdnas.system.jobs``). The states of the
-    random generators are saved too. So, with a ``ResumableLoader``, a fit that was stopped and
-    resumed ends with the same weights as an uninterrupted one.
+    The states of the random generators are saved too. With a ``ResumableLoader``, a fit that was
+    stopped and resumed therefore ends with the same weights as an uninterrupted one.
 
     Args:
-        path: path of the checkpoint, in the folder of the job.
+        path: path of the checkpoint, in the folder of the job (the function call that makes the
+            fit, see ``kdnas.system.jobs``).
         every_seconds: largest time between two checkpoints, in seconds. If the process is killed,
             at most this much training is lost.
 
     Raises:
-        Stopped: in the fit, after the checkpoint, if the job was asked to stop.
+        Stopped: raised during the fit, after the checkpoint, if the job was asked to stop.
     """
 
     FORMAT = 2  # to be raised if modules or loaders save other states

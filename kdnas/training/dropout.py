@@ -34,6 +34,6 @@ def dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool 
 
 @contextmanager
 def fast_dropout() -> Iterator[None]:
-    """In the context, all models use ``dropout``, whether they call torch's function or module."""
+    """Context manager in which all models use this module's faster ``dropout`` on a CPU."""
     with patch.object(F, "dropout", dropout):
         yield

@@ -51,9 +51,8 @@ class Muon(torch.optim.Optimizer):
     ``(1 - lr * weight_decay) W - 0.2 * lr * sqrt(max(M, N)) * orthogonalised(momentum)``.
 
     Matrices of one shape are orthogonalised together, in three steps where ``torch.optim.Muon``
-    takes five (LOG.md). With one seed and one learning rate of AdamW, the held-out loss of a small
-    student ended at 0.458 with Muon, and at 0.501 with AdamW alone; after fine-tuning, the
-    difference was within the noise.
+    takes five. A small student reached a held-out loss of 0.458 with Muon, and of 0.501 with AdamW
+    alone; after fine-tuning, the difference was within the noise (LOG.md).
 
     Args:
         groups: parameter groups that hold only matrices, each group with its ``lr``.
@@ -101,11 +100,11 @@ class Muon(torch.optim.Optimizer):
 
 
 def take_rows(model: PreTrainedModel) -> None:
-    """Make the gradient of a model's word embeddings sparse: only words of the batch have rows.
+    """Make the gradient of a model's word embeddings sparse, with rows only for words in the batch.
 
-    On a CPU, updating the whole embedding table takes a fifth of a training step of eight sentences
-    (LOG.md). A sparse gradient needs ``torch.optim.SparseAdam``, which leaves the rows of other
-    words, and their optimizer states, unchanged.
+    On a CPU, updating the whole table takes a fifth of a training step of eight sentences (LOG.md).
+    Sparse gradients need ``torch.optim.SparseAdam``, which leaves other words' rows and optimizer
+    states unchanged.
     """
     table = model.get_input_embeddings()
     if isinstance(table, nn.Embedding):
@@ -113,7 +112,7 @@ def take_rows(model: PreTrainedModel) -> None:
 
 
 def is_by_rows(model: PreTrainedModel, parameter: nn.Parameter) -> bool:
-    """Whether a parameter is the model's word embedding table, made sparse by ``take_rows``."""
+    """Whether a parameter is a word embedding table with sparse gradients (see ``take_rows``)."""
     table = model.get_input_embeddings()
     return isinstance(table, nn.Embedding) and table.sparse and parameter is table.weight
 
@@ -121,18 +120,18 @@ def is_by_rows(model: PreTrainedModel, parameter: nn.Parameter) -> bool:
 def adam_by_rows(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
     """Make a SparseAdam without momentum, for embedding tables with sparse gradients.
 
-    In a dense Adam, momentum goes on moving the row of a word in later steps whose batches lack the
-    word: in total ten times as far as in the step of its own batch. SparseAdam moves the row only
-    in steps whose batch has the word. Without momentum, that step makes the whole move.
+    In dense Adam, momentum moves a word's row also in later steps whose batches lack the word.
+    SparseAdam moves the row only if the batch has the word. Without momentum, that one step makes
+    the whole move.
 
     Args:
-        groups: parameter groups that hold only such tables, each group with its ``lr``.
+        groups: parameter groups of embedding tables only, each group with its ``lr``.
     """
     return torch.optim.SparseAdam(groups, betas=(0.0, 0.999))
 
 
 def clip_norm(parameters: Iterable[nn.Parameter], most: float) -> Tensor:
-    """Clip the common norm of all gradients, dense and sparse, in place.
+    """Clip the total norm of all gradients, dense and sparse, in place.
 
     Args:
         parameters: parameters whose gradients to clip.
@@ -154,7 +153,7 @@ def clip_norm(parameters: Iterable[nn.Parameter], most: float) -> Tensor:
 
 
 class JointOptimizer(torch.optim.Optimizer):
-    """Several optimizers that Lightning, schedules and checkpoints see as one.
+    """Several optimizers as one, for Lightning, learning-rate schedules and checkpoints.
 
     Args:
         parts: the optimizers, each with its own parameters.
@@ -181,13 +180,14 @@ class JointOptimizer(torch.optim.Optimizer):
         """Load the states of all optimizers.
 
         Raises:
-            UserError: the state is that of another number of optimizers. This is so if it was saved
-                on another kind of device, since a GPU uses no SparseAdam.
+            UserError: the state has another number of optimizers, for instance because it was saved
+                on another kind of device: only CPUs use SparseAdam.
         """
         if len(state_dict.get("parts", ())) != len(self.parts):
             raise UserError(
-                "The checkpoint has other optimizers, as are used on another kind of device: continue "
-                "on such a device, or delete the checkpoint to start over."
+                "The checkpoint was saved with other optimizers, probably on another kind of "
+                "device (CPU or GPU): continue on that kind, or delete the checkpoint to start "
+                "over."
             )
         for part, state in zip(self.parts, state_dict["parts"], strict=True):
             part.load_state_dict(state)
@@ -235,8 +235,8 @@ class JointOptimizer(torch.optim.Optimizer):
             part = None if parameter is None else parts.get(parameter)
             if parameter is None or part is None or tensor.shape not in (parameter.shape, ()):
                 raise UserError(
-                    f"The optimizer's {place!r} of shape {tuple(tensor.shape)} belongs to another "
-                    "student: delete the file of this state to begin without it."
+                    f"The optimizer state {place!r}, of shape {tuple(tensor.shape)}, does not fit "
+                    "this student: delete the file of optimizer states to continue without them."
                 )
             part.state[parameter][key] = tensor.to(parameter.device)
 
@@ -245,8 +245,8 @@ def is_layer_matrix(name: str, parameter: nn.Parameter) -> bool:
     """Whether Muon may train a parameter: it must be a matrix of a student's layers.
 
     Args:
-        name: name of the parameter in a module that has the student as ``student``. Names of
-            embedding tables are recognised, and refused.
+        name: name of the parameter in a module that has the student as ``student``. For an
+            embedding table, recognised by its name, the result is False.
         parameter: the parameter.
     """
     is_table = re.search("embedding|attention_bias", name)

@@ -26,8 +26,8 @@ def bf16_is_faster(device_type: str) -> bool:
 
     For a CPU, the faster precision is measured once and stored in the environment variable
     ``KDNAS_CPU_MATMULS`` (``bfloat16`` or ``float32``). So all processes of a command use the same
-    one, which they must, since a teacher's hidden states differ between precisions. A user can also
-    set the variable.
+    precision; otherwise they would compute different hidden states. A user can also set the
+    variable.
 
     Args:
         device_type: type of the device, such as ``cpu`` or ``cuda``.
@@ -41,12 +41,15 @@ def bf16_is_faster(device_type: str) -> bool:
         seconds = _seconds()
         os.environ[VARIABLE] = min(DTYPES, key=lambda name: seconds[DTYPES[name]])
     if (given := os.environ[VARIABLE]) not in DTYPES:
-        raise UserError(f"{VARIABLE} is {given!r}: give bfloat16 or float32, or leave it out.")
+        raise UserError(
+            f"The environment variable {VARIABLE} is {given!r}: "
+            "give bfloat16 or float32, or unset it."
+        )
     return given == "bfloat16"
 
 
 def keep(begun_in: str | None) -> str:
-    """Continue interrupted work in the precision in which it was begun, even if slower here.
+    """Set the precision of CPU matrix products to that of interrupted work, even if slower here.
 
     Args:
         begun_in: precision in which the work was begun, ``bfloat16`` or ``float32``; None: the work
@@ -66,7 +69,7 @@ def keep(begun_in: str | None) -> str:
 
 @contextmanager
 def own_precision() -> Iterator[None]:
-    """Undo the effect of ``keep`` when the context ends, so that later work is not affected."""
+    """Context manager that restores, at its end, a precision that ``keep`` has changed."""
     known = os.environ.get(VARIABLE)
     try:
         yield
@@ -78,9 +81,9 @@ def own_precision() -> Iterator[None]:
 
 
 def _seconds(num_rounds: int = 7) -> dict[torch.dtype, float]:
-    """Return the seconds that a linear layer takes in each precision.
+    """Time a linear layer in each precision; return the seconds by precision.
 
-    They are the least of several rounds, so that other work on the machine hardly matters.
+    The least of several rounds is taken, so that other work on the machine hardly matters.
     """
     with torch.random.fork_rng(devices=[]):
         given = {

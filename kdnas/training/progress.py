@@ -24,10 +24,10 @@ LINE_SECONDS = 60.0
 
 
 def live_progress(console: Console, *columns: ProgressColumn, **options: Any) -> Progress:
-    """Make a display of progress bars, which vanish at the end.
+    """Return a rich display of progress bars, which vanish at the end.
 
-    What is written to stdout and stderr meanwhile appears above the bars. In a notebook it is not
-    redirected: there, rich would call itself without an end when it flushes an unfinished line.
+    Output to stdout and stderr appears above the bars, except in a notebook, where redirecting it
+    can make rich call itself endlessly.
 
     Args:
         console: console on which to show the bars.
@@ -39,7 +39,7 @@ def live_progress(console: Console, *columns: ProgressColumn, **options: Any) ->
 
 
 class EpochLines(pl.Callback):
-    """Writes a line each minute with the time left, and after a long epoch one with the loss.
+    """Callback that writes a line with the time left each minute, and the loss after a long epoch.
 
     An epoch is long if at least a minute has passed since the last validation, or since the start
     of the fit. The loss is the held-out loss.
@@ -89,7 +89,7 @@ class EpochLines(pl.Callback):
 
 
 class ProgressFile(pl.Callback):
-    """Reports how far a fit is to the main process, which displays it.
+    """Callback that reports a fit's progress to the main process, which displays it.
 
     Args:
         reporter: reporter of the job that makes the fit.
@@ -123,13 +123,13 @@ class ProgressFile(pl.Callback):
 
 
 class StopWhenAsked(pl.Callback):
-    """Ends a fit as soon as its job is asked to stop, without writing a checkpoint.
+    """Callback that ends a fit without a checkpoint as soon as its job is asked to stop.
 
     Args:
         reporter: reporter of the job that makes the fit.
 
     Raises:
-        Stopped: in the fit, if the job was asked to stop.
+        Stopped: raised during the fit if the job was asked to stop.
     """
 
     def __init__(self, reporter: Reporter) -> None:
@@ -143,13 +143,13 @@ class StopWhenAsked(pl.Callback):
 
 
 class JobBars:
-    """Shows how far the running jobs are: on a terminal or in a notebook by a bar for each job.
+    """Shows the progress of running jobs: a bar per job, or a line per job every minute.
 
-    Elsewhere it prints a line for each job every minute. Call the object often, with the jobs that
-    run at that moment.
+    Bars need a terminal or a notebook. Call the object often, with the jobs that run at that
+    moment.
 
     Args:
-        progress: live display from ``live_progress``; the display may have other bars, too.
+        progress: live display from ``live_progress``, which may have other bars, too.
     """
 
     def __init__(self, progress: Progress) -> None:
@@ -192,9 +192,9 @@ class JobBars:
 
 
 class SayWhatGoesOn(pl.Callback):
-    """Says how to resume a fit that an exception has ended: by ``--ckpt_path`` and a checkpoint.
+    """Callback that says how to resume a failed fit: ``--ckpt_path`` and the newest checkpoint.
 
-    It names the newest checkpoint that the Trainer's ``ModelCheckpoint`` callbacks have written.
+    Checkpoints are those of the Trainer's ``ModelCheckpoint`` callbacks.
     """
 
     def on_exception(
@@ -214,7 +214,7 @@ class SayWhatGoesOn(pl.Callback):
 
 
 class WarnOfNoValidation(pl.Callback):
-    """Warns at the start of a fit if it will end before its first validation."""
+    """Callback that warns at the start of a fit if the fit will end before its first validation."""
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         num_batches = trainer.max_steps * trainer.accumulate_grad_batches

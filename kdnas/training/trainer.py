@@ -45,11 +45,12 @@ class TrainerSettings:
         precision: precision of Lightning's Trainer; ``auto``: bf16-mixed if the device multiplies
             faster in bfloat16, else 32-true.
         gradient_clip_val: largest norm of the gradient; 0: no clipping.
-        devices: number of GPUs, or of processes on a CPU, that share full KD of `kdnas run` by DDP;
-            null: all GPUs, or one process. A candidate or a fine-tuning always takes one.
+        devices: number of GPUs, or of CPU processes, for DDP in full KD of `kdnas run` (the final
+            distillation); null: all GPUs, or one process. Search candidates and fine-tunings always
+            use one.
         logger: logger instead of TensorBoard's, by class path with its init_args. ``{folder}`` in
             them stands for the folder of the candidate or stage.
-        callbacks: further callbacks, given as the logger is; each Trainer gets its own.
+        callbacks: further callbacks, by class path with init_args; each Trainer gets its own.
 
     Raises:
         UserError: ``gradient_clip_val`` is negative, or ``devices`` is below 1.
@@ -74,7 +75,7 @@ class TrainerSettings:
         """Check that Trainers with these settings can be made on this machine.
 
         Args:
-            has_ddp: several devices may share a fit by DDP.
+            has_ddp: whether a fit may use several devices by DDP.
 
         Raises:
             UserError: there is no such accelerator, there are fewer devices than asked for, several
@@ -83,13 +84,14 @@ class TrainerSettings:
         """
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
             raise UserError(
-                f"WORLD_SIZE is {os.environ['WORLD_SIZE']}: a search is one process; {REMEDY}"
+                f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but a search must be started as one "
+                f"process, without torchrun: {REMEDY}"
             )
         devices = self.devices or 1
         if devices > 1 and not has_ddp:
             raise UserError(
-                f"trainer.devices is {devices}: only full KD of `kdnas run` on this machine "
-                "takes several; give 1 here, and --workers for several jobs at a time."
+                f"trainer.devices is {devices}, but only full KD of `kdnas run` on this machine "
+                "can use several: give 1, and --workers for several jobs at a time."
             )
         try:
             pl.Trainer(
@@ -99,23 +101,26 @@ class TrainerSettings:
                 enable_checkpointing=False,
             )
         except Exception as error:  # Lightning's own error, or the device's
-            raise UserError(f"accelerator is {self.accelerator!r}: {first_line(error)}.") from error
+            raise UserError(
+                f"accelerator is {self.accelerator!r}, which cannot be used here: "
+                f"{first_line(error)}."
+            ) from error
         with temporary_folder() as folder:
             for make in filter(None, (self.logger, *self.callbacks)):
                 try:
                     _make(make, Path(folder))
                 except Exception as error:  # the class may be the user's own
                     raise UserError(
-                        f"{class_path(make)} cannot be made: {first_line(error)}."
+                        f"{class_path(make)} cannot be created: {first_line(error)}."
                     ) from error
 
 
 def class_path(make: Callable[..., Any]) -> str:
-    """Return the class path of the object that a callable makes.
+    """Return the class path of the object that a callable creates.
 
     Args:
-        make: a class, a function, or a ``functools.partial`` of either. The first argument of a
-            partial may be the class, as in the partials that jsonargparse makes.
+        make: a class, a function, or a ``functools.partial`` of either; jsonargparse makes partials
+            whose first argument is the class.
     """
     parts = (make.func, *make.args) if isinstance(make, partial) else (make,)
     made: Any = next((part for part in parts if isinstance(part, type)), parts[0])
@@ -123,11 +128,11 @@ def class_path(make: Callable[..., Any]) -> str:
 
 
 def _make(make: Callable[..., Any], folder: Path) -> Any:
-    """Make a logger or callback for a fit.
+    """Create a logger or callback for a fit.
 
     Args:
-        make: makes the object; in the string arguments of a ``functools.partial``, ``{folder}`` is
-            replaced by ``folder``.
+        make: creates the object; in the string arguments of a ``functools.partial``, ``{folder}``
+            is replaced by ``folder``.
         folder: folder of the fit.
     """
     arguments = make.keywords if isinstance(make, partial) else {}
@@ -140,7 +145,7 @@ def _make(make: Callable[..., Any], folder: Path) -> Any:
 
 
 def refuse_strategy(name: str) -> None:
-    """Refuse strategies that shard the student: Muon and the gradient norm need whole matrices.
+    """Raise an error for strategies that shard the student: Muon and clipping need whole matrices.
 
     Args:
         name: name of a Lightning strategy, such as ``ddp``, or of the strategy's class.
@@ -155,12 +160,13 @@ def refuse_strategy(name: str) -> None:
         "DDPStrategy",
     ) and not name.startswith("ddp"):
         raise UserError(
-            f"strategy is {name!r}: give 'ddp' for several devices, or 'auto'; each device must hold a whole student."
+            f"strategy is {name!r}, but each device must hold a whole student: give 'ddp' for "
+            "several devices, or 'auto'."
         )
 
 
 def without_tensorflow() -> None:
-    """Keep TensorBoard from importing TensorFlow, or a ``tensorflow.py`` of the current folder."""
+    """Keep TensorBoard from importing TensorFlow, or the current folder's ``tensorflow.py``."""
     sys.modules.setdefault("tensorboard.compat.notf", ModuleType("notf"))
 
 
@@ -171,10 +177,9 @@ def make_trainer(
     callbacks: Sequence[pl.Callback] = (),
     resume: bool = False,
 ) -> pl.Trainer:
-    """Make a Trainer for one device, without progress bar and Lightning's own checkpoints.
+    """Create a Trainer for one device, without progress bar and Lightning's own checkpoints.
 
-    In a process that ``share_devices`` has started, the Trainer trains by DDP together with the
-    other such processes.
+    In a process started by ``share_devices``, the Trainer uses DDP with the sibling processes.
 
     Args:
         settings: device, precision, logger and callbacks.
@@ -254,8 +259,8 @@ def fit_resumable(
 ) -> None:
     """Fit a module, with checkpoints in ``folder/last.ckpt``.
 
-    If the checkpoint exists, the fit resumes from it. So, after an interruption, repeat the call.
-    The caller must delete the checkpoint once the result of the fit is stored.
+    If the checkpoint exists, the fit resumes from it: after an interruption, repeat the call. The
+    caller must delete the checkpoint after storing the result of the fit.
 
     Args:
         settings: device, precision, logger and callbacks.
@@ -285,7 +290,7 @@ def fit_resumable(
 class ClipFusedGradients(pl.LightningModule):
     """A LightningModule that clips gradients also for fused optimizers in mixed precision.
 
-    Lightning itself refuses to clip these, since float16 gradients are scaled. With bfloat16,
+    Lightning refuses to clip with fused optimizers because float16 gradients are scaled. bfloat16
     gradients need no scaling.
     """
 
@@ -300,11 +305,12 @@ class ClipFusedGradients(pl.LightningModule):
         is_half = getattr(plugin, "scaler", None) is not None or plugin.precision == "16-true"
         if stage == "fit" and is_half:
             raise UserError(
-                f"precision is {self.trainer.precision!r}: give 'bf16-mixed', whose gradients need no scaling."
+                f"precision is {self.trainer.precision!r}, whose gradients need scaling: give "
+                "'bf16-mixed', which needs none."
             )
 
     def on_train_start(self) -> None:
-        """Log at least once an epoch, also if an epoch is shorter than the logging interval."""
+        """Lower the logging interval if an epoch is shorter, so that each epoch is logged."""
         trainer: Any = self.trainer
         trainer.log_every_n_steps = min(trainer.log_every_n_steps, trainer.num_training_batches)
 
@@ -314,19 +320,20 @@ class ClipFusedGradients(pl.LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip the common norm of all gradients, and log the norm before clipping.
+        """Clip the total norm of all gradients, and log the norm before clipping.
 
         Args:
             optimizer: not used.
             gradient_clip_val: largest norm; None or 0: no clipping.
-            gradient_clip_algorithm: ``norm``, or None for the same.
+            gradient_clip_algorithm: ``norm`` or None, which mean the same.
 
         Raises:
             UserError: the algorithm is not ``norm``.
         """
         if gradient_clip_algorithm not in (None, "norm"):
             raise UserError(
-                f"gradient_clip_algorithm is {str(gradient_clip_algorithm)!r}: give 'norm', the only one supported."
+                f"gradient_clip_algorithm is {str(gradient_clip_algorithm)!r}: give 'norm', the "
+                "only one supported."
             )
         norm = clip_norm(self.parameters(), gradient_clip_val or math.inf)
         self.log("train/grad_norm", norm)

@@ -71,7 +71,9 @@ def test_a_strategy_that_cuts_a_student_is_refused_before_anything_is_made(
     by_class = "lightning.pytorch.strategies.FSDPStrategy"
     for strategy, name in (("fsdp", "fsdp"), (by_class, "FSDPStrategy")):
         error = refused([*fit, strategy], capsys)
-        assert f"strategy is '{name}': give 'ddp' for several devices, or 'auto'" in error
+        assert (
+            f"strategy is '{name}', but each device must hold a whole student: give 'ddp'" in error
+        )
     assert list(tmp_path.iterdir()) == [fit_config]
 
 
@@ -91,7 +93,10 @@ def test_a_strategy_that_cuts_a_student_is_refused_before_anything_is_made(
         ("--optimizer=Adam", "It would replace the recipe's optimizer: set the recipe's"),
         ("--lr_scheduler=StepLR", "It would replace the recipe's optimizer: set the recipe's"),
         ("--data.text=nowhere.txt", "'nowhere.txt'"),
-        ("--trainer.overfit_batches=7", "overfit_batches is 7: give --trainer.limit_train_batches"),
+        (
+            "--trainer.overfit_batches=7",
+            "overfit_batches is 7, which kdnas does not support: give --trainer.limit_train_batches",
+        ),
     ],
 )
 def test_what_a_fit_cannot_take_gets_one_line_and_leaves_no_folder(
@@ -106,7 +111,7 @@ def test_an_untrained_student_is_not_measured(
     command: str, fit_config: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     error = refused([command, "--config", str(fit_config)], capsys)
-    assert "ckpt_path is missing" in error and "give the checkpoint of a fit" in error
+    assert "ckpt_path is missing" in error and "give a checkpoint of `kdnas fit`" in error
 
 
 def test_the_data_of_a_fit_is_named_as_in_a_search_and_a_fit_that_never_validates_says_so(
@@ -469,7 +474,7 @@ def test_a_checkpoint_that_would_execute_is_refused_in_one_line(
     }
     theirs = {"state_dict": {}, "pytorch-lightning_version": "2.6.0", "hyper_parameters": objective}
     for found, words in (
-        (theirs, "The checkpoint is of another student or objective: "),
+        (theirs, "The checkpoint does not fit this student and loss: "),
         ({"state_dict": {}}, "is not a checkpoint of a fit"),
     ):
         torch.save(found, checkpoint)
@@ -480,7 +485,7 @@ def test_a_checkpoint_that_would_execute_is_refused_in_one_line(
     error = refused(
         [command, "--config", str(fit_config), "--ckpt_path=memory://evil.ckpt"], capsys
     )
-    assert "ckpt_path is 'memory://evil.ckpt': there is no such file" in error
+    assert "ckpt_path is 'memory://evil.ckpt', but this file does not exist" in error
     assert not (tmp_path / "ran").exists()
 
 

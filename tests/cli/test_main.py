@@ -170,11 +170,8 @@ def test_help_of_a_command_teaches_units_and_defaults(
 ) -> None:
     assert main([command, "--help", "all"]) == 0
     shown = " ".join(capsys.readouterr().out.split())
-    assert (
-        "that a candidate of the search sees, above 0 and below 1. (type: float, default: 0.3)"
-        in shown
-    )
-    assert "largest size of a cache, in GB" in shown
+    assert "for each search candidate, above 0 and below 1. (type: float, default: 0.3)" in shown
+    assert "largest size of the stored states, in GB" in shown
 
 
 def test_every_config_is_parsed_from_any_folder(
@@ -336,7 +333,10 @@ def test_a_teacher_with_a_weight_that_is_no_number_is_refused(
     error = refused(
         [*search, f"--teacher={folder}", f"--states.max_gb={max_gb}", "--quiet"], capsys
     )
-    assert "have NaN or infinity in 'encoder.layer.1.output.dense.weight'." in error
+    assert (
+        "have NaN or infinity in 'encoder.layer.1.output.dense.weight': use another checkpoint."
+        in error
+    )
 
 
 def test_a_line_that_cannot_be_written_changes_no_exit_code(
@@ -363,9 +363,12 @@ def test_what_an_objective_raises_before_anything_is_trained_is_told_in_one_line
     error = refused(
         [*search, "--recipe.objective=kdnas.distillation.objectives.HiddenStates"], capsys
     )
-    assert "recipe.objective, HiddenStates, does not work for 1 layer x 32 wide" in error
     assert (
-        "KeyError: 'no width of 32'; correct it, or leave such students out of the space." in error
+        "recipe.objective, HiddenStates, does not work for the student 1 layer x 32 wide" in error
+    )
+    assert (
+        "KeyError: 'no width of 32'. Correct it, or exclude such students by --space options."
+        in error
     )
     assert not (tmp_path / "logs").exists()
 
@@ -374,7 +377,10 @@ def test_what_an_objective_raises_before_anything_is_trained_is_told_in_one_line
     ("option", "message"),
     [
         ("--data.mini_fraction=0", "mini_fraction is 0"),
-        ("--data.seed=7", "data.seed is 7, but --seed sets it: give --seed instead."),
+        (
+            "--data.seed=7",
+            "data.seed is 7, but the option --seed sets this seed: give --seed instead.",
+        ),
         ("--data.mini_fraction=1.5", "mini_fraction is 1.5"),
         ("--data.max_length=4000", "max_length is 4000"),
         ("--search.n_trials=0", "search.n_trials is 0"),
@@ -391,25 +397,28 @@ def test_what_an_objective_raises_before_anything_is_trained_is_told_in_one_line
         ("--sampler=optuna.pruners.NopPruner", "is not a sampler"),
         (
             '--sampler={"class_path": "optuna.samplers.TPESampler", "init_args": {"seeds": 1}}',
-            "does not take",
+            "cannot be created with",
         ),
         ("--pruner=medium", "There is no pruner 'medium'"),
         ("--workers=-1", "workers is -1"),
-        ("--candidate_timeout=5", "candidate_timeout works by killing a worker process"),
+        ("--candidate_timeout=5", "candidate_timeout needs worker processes on this machine"),
         ("--time-budget=0", "time_budget is 0"),
         (
             "--space.hidden_size=[128]",
             "space.hidden_size has 128: give values from 1 to the teacher's 64",
         ),
-        ("--space.hidden_size=[33]", "space.hidden_size has 33 and space.num_attention_heads 2"),
+        (
+            "--space.hidden_size=[33]",
+            "space.num_attention_heads has 2, which does not divide the 33",
+        ),
         ("--space.num_hidden_layers=[]", "space.num_hidden_layers is empty"),
         (
             "--space.hidden_act=[rellu]",
-            "space.hidden_act has 'rellu', which is unknown. Did you mean 'relu'?",
+            "space.hidden_act has 'rellu', which transformers does not know. Did you mean 'relu'?",
         ),
         ("--latency.length=4000", "latency.length is 4000"),
         ("--latency.device=tpu", "'tpu'"),
-        ("--trainer.devices=2", "trainer.devices is 2: only full KD of `kdnas run`"),
+        ("--trainer.devices=2", "trainer.devices is 2, but only full KD of `kdnas run`"),
         ("--trainer.devices=0", "trainer.devices is 0: give at least 1."),
         ("--trainer.logger=CSVLoger", "CSVLoger"),
         (
@@ -419,11 +428,11 @@ def test_what_an_objective_raises_before_anything_is_trained_is_told_in_one_line
         ("--trainer.callbacks+=nowhere.Mine", "No module named 'nowhere'"),
         (
             "--trainer.callbacks=[{class_path: EarlyStopping, init_args: {monitor: x, mode: up}}]",
-            "EarlyStopping cannot be made: `mode` can be min, max, got up.",
+            "EarlyStopping cannot be created: `mode` can be min, max, got up.",
         ),
         ("--trainer.accelerator=tpu-9", "accelerator is 'tpu-9'"),
         ("--teacher=/nowhere/at/all", "There is no folder '/nowhere/at/all': give one"),
-        ("--teacher=nobody/nothing", "There is no folder 'nobody/nothing' here, nor"),
+        ("--teacher=nobody/nothing", "There is no folder 'nobody/nothing' here, and"),
         ("--text=/nowhere.txt", "/nowhere.txt"),
         ("--name=../elsewhere", "'../elsewhere'"),
         ("--root=/dev/null/logs", "/dev/null/logs"),
@@ -453,7 +462,7 @@ def test_a_class_path_over_one_with_arguments_in_yaml_is_told(
     spec = {"class_path": "kdnas.nas.sampler.LSTMSampler", "init_args": {"num_candidates": 2}}
     (tmp_path / "lstm.yaml").write_text(json.dumps({"sampler": spec}))
     asked = [*search, f"--config={tmp_path / 'lstm.yaml'}", f"--sampler={json.dumps(spec)}"]
-    assert "change the class in YAML" in refused(asked, capsys)
+    assert "change the class in the YAML file" in refused(asked, capsys)
 
 
 @pytest.mark.parametrize(
@@ -610,14 +619,17 @@ def test_disk_that_is_too_small_is_refused(
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["run", *KNOWN, "--finetune.seed=7"], "finetune.seed is 7, but --seed sets it: give"),
+        (
+            ["run", *KNOWN, "--finetune.seed=7"],
+            "finetune.seed is 7, but the option --seed sets this seed: give",
+        ),
         (
             ["space", "--teacher=quickstart", "--data.seed=7"],
-            "data.seed is 7, but --seed sets it: give --seed instead.",
+            "data.seed is 7, but the option --seed sets this seed: give --seed instead.",
         ),
         (
             ["glue", "--model=a", "--task=rte", "--finetune.seed=7"],
-            "finetune.seed is 7, but --seeds sets it: give",
+            "finetune.seed is 7, but the option --seeds sets this seed: give",
         ),
     ],
 )

@@ -187,7 +187,7 @@ def test_force_replaces_nothing_but_an_export(
         assert export(student, f"--output={output}", "--force") == 2
         shown = capsys.readouterr().err
         assert (
-            f"{str(output)!r} exists and is not an earlier export: give another --output." in shown
+            f"{str(output)!r} exists and is not an earlier export, so it is not replaced" in shown
         )
     assert exported == []
 
@@ -251,7 +251,7 @@ def test_rows_are_scored_where_the_student_has_their_classes(
     capsys.readouterr()
     assert export(student, f"--task={task_folder(tmp_path / 'colours')}") == 2
     assert (
-        "has 4 outputs, and 'colours' needs 2: give the task that it was trained on"
+        "has 4 outputs, but the task 'colours' needs 2: give the task that the student was trained on"
         in capsys.readouterr().err
     )
     save_teacher(student)  # an encoder
@@ -396,9 +396,7 @@ def test_without_the_extra_onnx_what_needs_it_is_refused_at_the_start(
         ["search", *of_run, "--latency.backend=onnxruntime"],
     ):
         assert main(command) == 2
-        told = (
-            f"The package {package!r} is not installed, and ONNX needs it: pip install '.[onnx]'."
-        )
+        told = f"ONNX needs the package {package!r}, which is not installed: pip install '.[onnx]'."
         assert capsys.readouterr().err == f"kdnas: {told}\n"
     assert [path.name for path in tmp_path.iterdir()] == ["student"]
     json_file = tmp_path / "latency.json"
@@ -423,31 +421,31 @@ def test_what_was_exported_before_fine_tuning_is_of_another_model(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ([], "run is None and student is None: give one of the two"),
-        (["--run=x", "--student=y"], "run is 'x' and student is 'y': give one of the two"),
+        ([], "run is None and student is None: give exactly one of the two"),
+        (["--run=x", "--student=y"], "run is 'x' and student is 'y': give exactly one of the two"),
         (["--run=nowhere"], "The run 'nowhere' in 'lightning_logs' has no student yet"),
         (["--run=../x"], "'../x'"),
         (["--task=/nowhere"], "'/nowhere'"),
         (["--text=/nowhere.txt"], "/nowhere.txt"),
         (["--teacher=/nowhere/at/all"], "There is no folder '/nowhere/at/all': give one"),
-        (["--length=41"], "length is 41: the student"),
+        (["--length=41"], "length is 41, but the student"),
         (["--length=long"], "length"),
         (
             ["--data=reviews.csv"],
-            "data is 'reviews.csv' and text_column is []: give --data and --text-column",
+            "data is 'reviews.csv', but text_column is []: give --data with --text-column",
         ),
-        (["--data=a.csv", "--text-column=x", "--task=stsb"], "data is 'a.csv' and task is 'stsb'"),
+        (["--data=a.csv", "--text-column=x", "--task=stsb"], "data is 'a.csv', but task is 'stsb'"),
         (
             ["--text-column=x"],
-            "text_column is ['x']: give it with --data FILE, or one column with --text FILE",
+            "text_column is ['x'], but without --data FILE only one column can be given, together with",
         ),
         (
             ["--text=a.txt", "--text-column=x", "--text-column=y"],
-            "text_column is ['x', 'y']: give it with --data FILE",
+            "text_column is ['x', 'y'], but without --data FILE only one column can be given",
         ),
         (
             ["--as=onnx"],
-            "There is no format 'onnx' to export as. Choose from: sentence-transformers, transformers.",
+            "There is no export format 'onnx'. Choose from: sentence-transformers, transformers.",
         ),
         (["--as", "sentence-transformers"], "teacher is None"),
         (["--forse"], "Did you mean 'force'?"),
@@ -482,10 +480,16 @@ def test_a_student_of_another_teacher_is_refused(
 ) -> None:
     other = save_teacher(tmp_path / "other", "roberta")
     assert export(student, f"--teacher={other}") == 2
-    assert f"(bert) does not fit the teacher {str(other)!r} (roberta)" in capsys.readouterr().err
+    assert (
+        f"(bert) is of another family than the teacher {str(other)!r} (roberta)"
+        in capsys.readouterr().err
+    )
     shorter = save_teacher(tmp_path / "shorter", max_position_embeddings=30)
     assert export(student, f"--teacher={shorter}") == 2
-    assert f"does not read text as {str(shorter)!r} does: it takes" in capsys.readouterr().err
+    assert (
+        f"reads text differently from its teacher {str(shorter)!r}: it takes"
+        in capsys.readouterr().err
+    )
     smaller = save_teacher(tmp_path / "smaller", hidden_size=16)
     assert export(student, f"--teacher={smaller}") == 2
     assert "has hidden_size 32, but its teacher" in capsys.readouterr().err

@@ -199,7 +199,7 @@ def test_a_comparison_that_another_process_makes_is_refused_with_who_that_is(
 ):
     with Run(tmp_path / "logs", "mine").alone("wait"):
         error = refused(command, capsys)
-    assert f"The run 'mine' is being made by process {os.getpid()} of " in error and error.endswith(
+    assert f"The run 'mine' is in use by process {os.getpid()} of " in error and error.endswith(
         ": wait for it.\n"
     )
 
@@ -227,7 +227,9 @@ def test_a_point_of_a_grid_that_fails_does_so_alone_and_any_other_fine_tuning_en
     assert main([*command, "--seeds=1", "--finetune.batch_size=16", "--name=other"]) == 1
     assert capsys.readouterr().err == f"kdnas: {told}\n"
     assert main([*grid, "--grid.batch_sizes=[16]", "--name=third"]) == 1
-    assert "Every point of the grid failed for 'teacher' on 'rte'." in capsys.readouterr().err
+    assert (
+        "All combinations of the grid failed for 'teacher' on 'rte': see" in capsys.readouterr().err
+    )
 
 
 def test_grid_alone_has_the_originals_lists(capsys):
@@ -355,19 +357,19 @@ def test_two_tasks_of_one_name_are_refused_before_anything_is_trained(command, t
         (["--task=cola"], "cola' does not exist"),
         (["--task=rte", "--task=rte"], "task is ['rte', 'rte']"),
         (["--seeds=0"], "seeds is 0"),
-        (["--trainer.devices=2"], "trainer.devices is 2: only full KD of `kdnas run`"),
+        (["--trainer.devices=2"], "trainer.devices is 2, but only full KD of `kdnas run`"),
         (["--trainer.logger=CSVLoger"], "CSVLoger"),
         (["--model=/nowhere/at/all"], "There is no folder '/nowhere/at/all': give one"),
         (
             ["--text-column=review"],
             "text_column is ['review'], but the task 'rte' has columns of its own",
         ),
-        (["--finetune.max_length=99"], "finetune.max_length is 99: the model"),
+        (["--finetune.max_length=99"], "finetune.max_length is 99, but the model"),
         (["--latency.length=99"], "latency.length is 99"),
         (["--latency.lengths=/nowhere.jsonl"], "/nowhere.jsonl"),
         (
             ["--latency.lengths=long.jsonl"],
-            "latency.length is 99 in 'long.jsonl', but this bert takes 40 tokens",
+            "latency.length is 99 in 'long.jsonl', but this bert model takes at most 40 tokens",
         ),
         (["--finetune.batch_size=0"], "batch_size is 0"),
         (["--grid.batch_sizes=[]"], "grid.batch_sizes is []"),
@@ -392,7 +394,7 @@ def test_bad_input_gets_one_line_and_makes_nothing(
 def test_the_same_model_twice_no_task_and_labels_that_are_wrong_are_refused(
     command, tmp_path, capsys
 ):
-    assert "without duplicates" in refused([*command, f"--model={command[2]}"], capsys)
+    assert "each once" in refused([*command, f"--model={command[2]}"], capsys)
     bare = [option for option in command if not option.startswith(("--task", "--data"))]
     assert "There is no task" in refused(bare, capsys)
     folder = tmp_path / "data" / "rte"
@@ -425,14 +427,17 @@ def test_a_folder_is_a_searchs_or_a_comparisons_and_never_both(
     config = tmp_path / "logs" / "mine" / "config.yaml"
     write_text(config, known := f"teacher: {models[0]}\nname: mine\n")
     assert (
-        "logs/mine' is the folder of a search, not of a comparison: give another --name."
+        "logs/mine' was made as the folder of a search, and cannot be used for a comparison"
         in refused(command, capsys)
     )
     assert config.read_text() == known
     write_text(config, known := f"model: [{models[0]}]\nname: mine\n")
     for asked in ("search", "run"):
         own = [asked, f"--teacher={models[0]}", f"--text={text_file}", *command[6:9]]
-        assert "logs/mine' is the folder of a comparison, not of a search: " in refused(own, capsys)
+        assert (
+            "logs/mine' was made as the folder of a comparison, and cannot be used for a search: "
+            in refused(own, capsys)
+        )
     assert [path.name for path in config.parent.iterdir()] == ["config.yaml"]
 
 

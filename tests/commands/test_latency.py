@@ -202,7 +202,7 @@ def test_a_gpu_is_measured_beside_the_cpu(tiny_teacher: Path, tmp_path: Path) ->
         ("--threads=0", "latency.num_threads is 0"),
         ("--batch=0", "latency.batch_size is 0"),
         ("--batch=x", "batch"),
-        ("--length=41", "latency.length is 41, but this bert takes 40 tokens"),
+        ("--length=41", "latency.length is 41, but this bert model takes at most 40 tokens"),
         ("--backend=onnx", "latency.backend is 'onnx'"),
         ("--device=tpu", "latency.device is 'tpu'"),
         ("--lengths=/nowhere.jsonl", "cannot read '/nowhere.jsonl'"),
@@ -212,11 +212,11 @@ def test_a_gpu_is_measured_beside_the_cpu(tiny_teacher: Path, tmp_path: Path) ->
         ("--json=/proc/kdnas/a.json", "Cannot write to '/proc/kdnas'"),
         (
             "--json=a.png",
-            "json is 'a.png', the picture's name or a folder's: give a file that ends with .json",
+            "json is 'a.png', which is a folder or a .png file: give a file that ends with .json",
         ),
-        ("--json=", "json is '', the picture's name or a folder's"),
-        ("--json=.", "json is '.', the picture's name or a folder's"),
-        ("--json=/proc", "json is '/proc', the picture's name or a folder's"),
+        ("--json=", "json is '', which is a folder or a .png file"),
+        ("--json=.", "json is '.', which is a folder or a .png file"),
+        ("--json=/proc", "json is '/proc', which is a folder or a .png file"),
     ],
 )
 def test_bad_input_gets_one_line_and_measures_nothing(

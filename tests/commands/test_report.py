@@ -159,7 +159,7 @@ def spoil(path: str, content: bytes | None):
         (
             None,
             ["--run", "done", "done"],
-            r"run is \['done', 'done'\]: give at least one, without duplicates",
+            r"run is \['done', 'done'\]: give at least one run, each once",
         ),
         (None, ["--run", "a/b"], "The run name 'a/b' is not valid"),
         (
@@ -175,7 +175,7 @@ def spoil(path: str, content: bytes | None):
         (
             spoil("study.db", None),
             ["--run", "done"],
-            "There is no study in '.*study.db': no search was begun there",
+            "There is no study in '.*study.db': no search was started there",
         ),
         (
             spoil("study.db", b""),

@@ -175,6 +175,6 @@ def test_rows_that_cannot_be_used_are_told(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text('{"text": "one"}\n{"text": " "}\n{"text": null}\n')
     with pytest.raises(
-        UserError, match="has 1 usable rows among 3, and at least 2 are needed: is 'text'"
+        UserError, match="Only 1 of 3 rows of .* are usable, but 2 are needed: check that 'text'"
     ):
         few(RunConfig(teacher="t", text=str(path)), tmp_path / "few")

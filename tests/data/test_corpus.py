@@ -146,7 +146,7 @@ def test_a_hub_name_reads_the_train_split(monkeypatch):
 def test_a_hub_name_that_cannot_be_reached_is_refused():
     with pytest.raises(
         UserError,
-        match=r"no file or folder 'nobody/nothing' here, nor in the hub's cache \(HF_HUB_OFFLINE",
+        match=r"no file or folder 'nobody/nothing' here, and it was not found in the hub's cache \(HF_HUB_OFFLINE",
     ):
         load_corpus("nobody/nothing")
 
@@ -181,7 +181,7 @@ def test_without_a_network_the_hub_is_asked_once_only(monkeypatch):
         (
             "rows.txt",
             b"one\ntwo\n" + 300 * b"one\n",
-            "302 rows, and only 2 of them are usable .*'duplicate': 300",
+            "Only 2 of the 302 rows of .* are usable .*'duplicate': 300",
         ),
         ("rows.txt", b"one\ntwo\n\xff\xfe\n", r"rows.txt' is not UTF-8 in row 3"),
         (
@@ -210,7 +210,7 @@ def test_without_a_network_the_hub_is_asked_once_only(monkeypatch):
         (
             "rows.tsv",
             b'id\ttext\n1\t"one.\n2\ttwo."\n',
-            r"rows.tsv' cannot be read at row 1 \(a text in quotes with a tab",
+            r"rows.tsv' cannot be read at row 1 \(a field in quotes contains a tab",
         ),
         (
             "rows.tsv",
@@ -223,8 +223,8 @@ def test_without_a_network_the_hub_is_asked_once_only(monkeypatch):
             r"no column 'text' \(row 2\).*'body'",
         ),
         ("rows.jsonl", b"{}\n", r"no column 'text' \(row 1\).*none"),
-        ("rows.jsonl", b'{"text": "one"}\n{"text": 7}\n', r"has int 7 in column 'text', row 2"),
-        ("rows.jsonl", b'{"text": ["one"]}\n', r"has list \['one'\] in column 'text', row 1"),
+        ("rows.jsonl", b'{"text": "one"}\n{"text": 7}\n', r"has the int 7 in column 'text', row 2"),
+        ("rows.jsonl", b'{"text": ["one"]}\n', r"has the list \['one'\] in column 'text', row 1"),
         (
             "rows.jsonl",
             b'{"text": "one"}\n\n{"text": "tw',
@@ -238,7 +238,7 @@ def test_without_a_network_the_hub_is_asked_once_only(monkeypatch):
         (
             "rows.json",
             b'["one", "two"]',
-            r"rows.json' cannot be read at row 1 \(list, not an object",
+            r"rows.json' cannot be read at row 1 \(the line holds a list, not a JSON object",
         ),
         ("rows.json", b"[" * 100_000, r"rows.json' cannot be read at row 1 \(maximum recursion"),
         (
@@ -249,7 +249,7 @@ def test_without_a_network_the_hub_is_asked_once_only(monkeypatch):
         (
             "rows.csv",
             b"text\none\ntwo, three\n",
-            r"rows.csv' cannot be read at row 2 \(more fields than the header",
+            r"rows.csv' cannot be read at row 2 \(the row has more fields than the header",
         ),
         (
             "rows.csv",
@@ -260,7 +260,7 @@ def test_without_a_network_the_hub_is_asked_once_only(monkeypatch):
         (
             "rows.jsonl",
             b'{"text": "one", "split": "test"}\n',
-            r"has the split 'test' in row 1: give 'train' or",
+            r"' has 'test' in row 1: give 'train' or",
         ),
         (
             "rows.csv",
@@ -286,9 +286,9 @@ def test_a_bad_file_is_refused_in_one_line(tmp_path, name, content, message):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ([b"one", b"two"], "has bytes b'one' in column 'text', row 1"),
-        ([1.5, 2.5], "has float 1.5 in column 'text', row 1"),
-        ([["one"], ["two"]], r"has list \['one'\] in column 'text', row 1"),
+        ([b"one", b"two"], "has the bytes b'one' in column 'text', row 1"),
+        ([1.5, 2.5], "has the float 1.5 in column 'text', row 1"),
+        ([["one"], ["two"]], r"has the list \['one'\] in column 'text', row 1"),
     ],
 )
 def test_parquet_columns_of_other_types_are_refused(tmp_path, values, message):
@@ -338,7 +338,7 @@ def test_a_source_that_does_not_exist_is_refused(tmp_path, monkeypatch, name):
 
 def test_a_folder_without_text_is_refused(tmp_path):
     (tmp_path / "README.md").write_text("one")
-    with pytest.raises(UserError, match=f"{tmp_path.name}' holds no text"):
+    with pytest.raises(UserError, match=f"{tmp_path.name}' contains no text file"):
         load_corpus(str(tmp_path))
 
 

@@ -373,7 +373,7 @@ def test_the_middle_of_an_epoch_of_other_processes_is_refused(data):
     same, other = of_rank(data, 1, 2).train_dataloader(), of_rank(data, 0, 3).train_dataloader()
     same.load_state_dict(state)
     with pytest.raises(
-        UserError, match="of 2 processes, and now there are 3: resume with the same"
+        UserError, match="by 2 processes, but now there are 3: resume with the same"
     ):
         other.load_state_dict(state)
     other.load_state_dict(state | {"num_given": 0})

@@ -340,9 +340,9 @@ def ignore_mask(batch):
 @pytest.mark.parametrize(
     ("change_batch", "change_logits", "message"),
     [
-        (dict, add_half, "by 0.5 at batch x length 8 x 1; 0.0001 is allowed"),
-        (dict, lose_a_number, "by nan at batch x length 8 x 1"),
-        (ignore_mask, np.copy, r"by [\d.e-]+ at batch x length 8 x [235]"),
+        (dict, add_half, "by 0.5 at batch size 8 and length 1, but only 0.0001 is allowed"),
+        (dict, lose_a_number, "by nan at batch size 8 and length 1"),
+        (ignore_mask, np.copy, r"by [\d.e-]+ at batch size 8 and length [235]"),
     ],
 )
 def test_a_graph_that_disagrees_leaves_the_old_folder_as_it_was(
@@ -405,12 +405,12 @@ def tag_tokens(source: Path) -> None:
 @pytest.mark.parametrize(
     ("spoil", "reason"),
     [
-        (tag_tokens, "the head of BertForTokenClassification would be lost"),
-        (give_several_labels, "it predicts several labels at once: give a classifier that"),
+        (tag_tokens, "the head of BertForTokenClassification cannot be exported"),
+        (give_several_labels, "the classifier predicts several labels at once: give one that"),
         (remove_tokenizer, "has no tokenizer"),
-        (give_other_inputs, "its tokenizer returns 'bbox', which is not supported"),
+        (give_other_inputs, "the tokenizer returns 'bbox', an input that is not supported"),
         (cut_weights, "incomplete|truncated|[Hh]eader|deserializing"),
-        (lose_head, r"its weights lack 'classifier.bias' \(and 1 more\)"),
+        (lose_head, r"the weights lack 'classifier.bias' \(and 1 more\)"),
         (shutil.rmtree, "."),
     ],
 )
@@ -565,7 +565,7 @@ def test_a_full_disk_and_a_wrong_tokenizer_leave_nothing(source: Path, tmp_path:
         export_student(source, tmp_path / "student", card=PLAIN)
     with (
         monkeypatch.context() as patch,
-        pytest.raises(ParityError, match="The input_ids of predict.py differ"),
+        pytest.raises(ParityError, match="predict.py gives other input_ids than"),
     ):
         patch.setattr(
             "kdnas.deploy.predict.Predictor.encode",

@@ -204,14 +204,17 @@ def test_settings_out_of_range_are_refused(name, value):
 
 @pytest.mark.parametrize("device", ["cuda:99", "meta", "warp", ""])
 def test_a_device_that_torch_does_not_see_is_refused(device):
-    with pytest.raises(UserError, match=f"latency.device is {device!r}, which torch does not see"):
+    with pytest.raises(
+        UserError, match=f"latency.device is {device!r}, but torch has no such device here"
+    ):
         LatencySettings(device=device)
 
 
 def test_without_a_gpu_cuda_is_refused_and_the_devices_are_named(monkeypatch):
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: None)
     with pytest.raises(
-        UserError, match="latency.device is 'cuda', which torch does not see. Choose from: cpu."
+        UserError,
+        match="latency.device is 'cuda', but torch has no such device here. Choose from: cpu.",
     ):
         LatencySettings(device="cuda")
 
@@ -450,11 +453,14 @@ def test_a_real_length_beyond_the_positions_is_refused(lengths_file: Path, tiny_
 
 def test_a_backend_that_is_unknown_or_elsewhere_is_refused(monkeypatch):
     with pytest.raises(
-        UserError, match="latency.backend is 'onnx'. Choose from: cuda, onnxruntime"
+        UserError,
+        match="latency.backend is 'onnx', which is unknown. Choose from: cuda, onnxruntime",
     ):
         LatencySettings(backend="onnx")
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: None)
-    with pytest.raises(UserError, match="latency.device is 'cuda', which torch does not see"):
+    with pytest.raises(
+        UserError, match="latency.device is 'cuda', but torch has no such device here"
+    ):
         LatencySettings(backend="cuda")
     monkeypatch.setattr(
         torch.accelerator, "current_accelerator", lambda check_available: torch.device("cuda")

@@ -190,6 +190,7 @@ def test_outputs_that_have_little_to_do_with_each_other_are_refused(
 ) -> None:
     monkeypatch.setattr(kdnas.deploy.quantize, "cosine", lambda *args: value)
     with pytest.raises(
-        ParityError, match=f"logits of model.int8.onnx has a cosine of {value:.3f} .* 0.9 is needed"
+        ParityError,
+        match=f"logits of model.int8.onnx have a cosine of {value:.3f} .* 0.9 is needed",
     ):
         write_best_int8(graph, tmp_path / "model.int8.onnx", rows)

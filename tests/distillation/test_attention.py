@@ -203,7 +203,8 @@ def test_the_heads_are_those_that_the_start_gave_and_are_kept_in_a_checkpoint(te
 
 def test_more_heads_than_the_teacher_are_refused(teacher):
     with pytest.raises(
-        UserError, match="num_attention_heads is 4, the teacher has 2: give the student at most"
+        UserError,
+        match="the student has 4 attention heads .*, the teacher only 2: give the student at most",
     ):
         AttentionMaps().criterion(make(teacher, num_attention_heads=4), teacher)
 
@@ -221,7 +222,7 @@ def test_relation_heads_that_do_not_divide_a_width_are_refused(teacher, num_head
     student = make(teacher, hidden_size=width)
     undivided = width if num_heads < 1 or width % num_heads else 64
     with pytest.raises(
-        UserError, match=f"{num_heads} relation heads do not divide the width {undivided}"
+        UserError, match=f"the width {undivided} cannot be split into {num_heads} relation heads"
     ):
         AttentionRelations(num_heads=num_heads).criterion(student, teacher)
 

@@ -371,9 +371,7 @@ def test_the_start_is_that_of_narrow_and_deterministic_and_the_teacher_is_not_ch
 def test_a_teacher_whose_states_are_beyond_float16_is_refused():
     teacher = build("bert", **SHAPE)
     family_of(teacher.config).layers(teacher)[2].output.LayerNorm.weight.mul_(1e6)
-    with pytest.raises(
-        UserError, match=r"reach \d,\d{3},\d{3}; float16, in which they are kept, ends at 65,504"
-    ):
+    with pytest.raises(UserError, match=r"reach \d,\d{3},\d{3}. They .* largest number is 65,504"):
         narrow(build("bert", **SHAPE | {"hidden_size": 16}), teacher, ROWS)
 
 

@@ -215,13 +215,13 @@ def test_a_random_start_changes_nothing_and_relates_nothing(teacher):
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [
-        ({"hidden_size": 128}, "hidden_size is 128, above the teacher's 64"),
-        ({"intermediate_size": 129}, "intermediate_size is 129, above the teacher's 128"),
-        ({"num_attention_heads": 4}, "num_attention_heads is 4, above the teacher's 2"),
-        ({"num_hidden_layers": 5}, "num_hidden_layers is 5, above the teacher's 4"),
+        ({"hidden_size": 128}, "hidden_size is 128, but its teacher's only 64"),
+        ({"intermediate_size": 129}, "intermediate_size is 129, but its teacher's only 128"),
+        ({"num_attention_heads": 4}, "num_attention_heads is 4, but its teacher's only 2"),
+        ({"num_hidden_layers": 5}, "num_hidden_layers is 5, but its teacher's only 4"),
         (
             NARROW.to_dict() | {"num_attention_heads": 4},
-            "num_attention_heads is 4, above the teacher's 2",
+            "num_attention_heads is 4, but its teacher's only 2",
         ),
     ],
 )
@@ -235,7 +235,7 @@ def test_a_student_larger_than_its_teacher_is_refused(teacher, sizes, message):
 
 def test_the_embeddings_alone_ask_for_no_more_than_the_width(teacher):
     started(teacher, FromEmbeddings(), hidden_size=32, intermediate_size=256, num_hidden_layers=6)
-    with pytest.raises(UserError, match="hidden_size is 80, above the teacher's 64"):
+    with pytest.raises(UserError, match="hidden_size is 80, but its teacher's only 64"):
         started(teacher, FromEmbeddings(), hidden_size=80)
 
 

@@ -49,7 +49,12 @@ def pickles(bench: Bench, row: Row) -> None:
         (folder / "model.safetensors").unlink()
         torch.save(payload, weights)
         args = bench.search(bench.new_name(), f"--teacher={folder}", states, "--search.n_trials=1")
-        bench.refuse(row, "weights", args, f"'{weights}' is truncated or holds more than tensors")
+        bench.refuse(
+            row,
+            "weights",
+            args,
+            f"'{weights}' is truncated, or holds Python objects other than tensors",
+        )
         torch.save(tensors, weights)
         bench.succeed(row, "weights of tensors alone", args)
 

@@ -220,7 +220,7 @@ def huge_row(bench: Bench, row: Row) -> None:
 @fault("F30", "several devices, DDP, or torchrun, asked of a search")
 def ddp(bench: Bench, row: Row) -> None:
     for option, told in (
-        ("--trainer.devices=2", "trainer.devices is 2: only full KD"),
+        ("--trainer.devices=2", "trainer.devices is 2, but only full KD"),
         ("--trainer.strategy=ddp", "--trainer.strategy=ddp"),
     ):
         bench.refuse(row, option, bench.search(bench.new_name(), option), told)

@@ -74,7 +74,7 @@ def again(bench: Bench, row: Row) -> None:
         errors = [process.communicate()[1] for process in both]
         row.tried += 1
         codes = sorted(process.returncode for process in both)
-        is_told = codes == [0, 2] and "is being made by process" in "".join(errors)
+        is_told = codes == [0, 2] and "is in use by process" in "".join(errors)
         row.fault("undetected", f"{codes} {errors}", not is_told)
         bench.check(row, name, known, error + "".join(errors))
 

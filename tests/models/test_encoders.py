@@ -242,7 +242,7 @@ def test_an_unknown_activation_is_refused_with_the_nearest(tiny_teacher):
 
 def test_a_config_of_another_family_is_refused():
     with pytest.raises(
-        UserError, match="'gpt2' is not supported: take an encoder .BERT, RoBERTa, .*, ModernBERT"
+        UserError, match="'gpt2' is not supported: give an encoder .BERT, RoBERTa, .*, ModernBERT"
     ):
         family_of(GPT2Config())
 
@@ -308,7 +308,7 @@ def test_a_folder_that_does_not_exist_is_refused(name):
 )
 def test_a_name_that_the_hub_does_not_have_is_refused(name):
     assert refused(name).startswith(
-        f"There is no folder {name!r} here, nor in the hub's cache (HF_HUB_OFFLINE is set): "
+        f"There is no folder {name!r} here, and it was not found in the hub's cache (HF_HUB_OFFLINE is set): "
     )
 
 
@@ -338,7 +338,7 @@ def test_a_config_with_a_bad_value_is_refused(folder):
 def test_another_family_is_refused(model_type, folder):
     edit_json(folder / "config.json", model_type=model_type)
     assert refused(folder).startswith(
-        f"{str(folder)!r} cannot be used. The family {model_type!r} is not supported: take an encoder (BERT, "
+        f"{str(folder)!r} cannot be used. The model family {model_type!r} is not supported: give an encoder (BERT, "
     )
 
 
@@ -360,7 +360,7 @@ def test_a_decoder_of_another_family_is_refused(tmp_path):
 )
 def test_a_decoder_of_a_known_family_is_refused(values, folder):
     edit_json(folder / "config.json", **values)
-    assert f"{str(folder)!r} is a decoder (bert): take an encoder (BERT, RoBERTa, " in refused(
+    assert f"{str(folder)!r} is a decoder (bert): give an encoder (BERT, RoBERTa, " in refused(
         folder
     )
 
@@ -369,9 +369,9 @@ def test_relative_positions_are_refused_for_their_weights_would_be_dropped(folde
     edit_json(folder / "config.json", position_embedding_type="absolute")
     find_teacher(str(folder))
     edit_json(folder / "config.json", position_embedding_type="relative_key")
-    assert "has the position_embedding_type 'relative_key', which" in refused(folder)
+    assert "has position_embedding_type 'relative_key', which" in refused(folder)
     assert main(["export", f"--student={folder}"]) == 2
-    assert "has the position_embedding_type 'relative_key', which" in capsys.readouterr().err
+    assert "has position_embedding_type 'relative_key', which" in capsys.readouterr().err
 
 
 def test_odd_types_in_a_config_are_named_where_they_matter(folder):
@@ -387,7 +387,9 @@ def test_a_damaged_cache_of_the_hub_is_told_in_one_line(damage, tmp_path, monkey
     place.parent.mkdir(parents=True)
     place.write_bytes(b"\xff")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    assert "There is no folder 'a/b' here, nor in the hub's cache" in refused("a/b")
+    assert "There is no folder 'a/b' here, and it was not found in the hub's cache" in refused(
+        "a/b"
+    )
 
 
 def test_a_file_that_cannot_be_looked_at_is_not_there(folder):
@@ -406,7 +408,7 @@ def test_a_folder_without_tokenizer_is_refused(folder):
 )
 def test_a_tokenizer_that_does_not_load_is_refused(content, folder):
     (folder / "tokenizer.json").write_text(content)
-    assert f"{str(folder)!r} has no tokenizer that loads: " in refused(folder)
+    assert f"The tokenizer of {str(folder)!r} cannot be loaded: " in refused(folder)
 
 
 def test_a_tokenizer_of_python_alone_is_refused(folder, monkeypatch):
@@ -431,7 +433,7 @@ def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(folder):
     tokenizer.add_tokens(["kdnas"])
     tokenizer.save_pretrained(folder)
     size = len(VOCAB)
-    assert f"{str(folder)!r} has {size + 1} tokens, and the model only {size}:" in refused(folder)
+    assert f"{str(folder)!r} has {size + 1} tokens, but the model only {size}:" in refused(folder)
 
 
 def test_a_folder_without_weights_is_refused(folder):
@@ -455,7 +457,9 @@ def test_a_pointer_in_place_of_weights_is_refused(folder):
 def test_a_truncated_pytorch_checkpoint_is_refused(num_bytes, folder):
     path = only_pickled(folder)
     path.write_bytes(path.read_bytes()[:num_bytes])
-    assert refused(folder).startswith(f"{str(path)!r} is truncated or holds more than tensors:")
+    assert refused(folder).startswith(
+        f"{str(path)!r} is truncated, or holds Python objects other than tensors:"
+    )
 
 
 class Payload:
@@ -505,7 +509,8 @@ def test_missing_weights_are_refused_by_name(folder):
         folder, lambda state: [state.pop(f"encoder.layer.{i}.output.dense.bias") for i in (1, 3)]
     )
     with pytest.raises(
-        UserError, match=r"lack 'encoder.layer.1.output.dense.bias'.*and 1 more\): take a whole"
+        UserError,
+        match=r"lack 'encoder.layer.1.output.dense.bias'.*and 1 more tensors\): use a complete",
     ):
         find_teacher(str(folder)).load()
 
@@ -513,7 +518,7 @@ def test_missing_weights_are_refused_by_name(folder):
 def test_weights_of_another_shape_are_refused_by_name(folder):
     edit_weights(folder, lambda state: state.update({"embeddings.LayerNorm.bias": torch.zeros(5)}))
     with pytest.raises(
-        UserError, match=r"'embeddings.LayerNorm.bias', or have it in another shape.*and 0 more"
+        UserError, match=r"'embeddings.LayerNorm.bias', or its shape differs .*and 0 more"
     ):
         find_teacher(str(folder)).load()
 

@@ -594,32 +594,32 @@ def test_another_kind_of_teacher_is_refused_before_anything_is_made(
     assert main([command, *options[command]]) == 2
     line = capsys.readouterr().err.splitlines()[-1]
     assert line.startswith("kdnas: '") and line.endswith(
-        f"' cannot be used. The family {other!r} is not supported: take an encoder ({TITLES})."
+        f"' cannot be used. The model family {other!r} is not supported: give an encoder ({TITLES})."
     )
     assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_a_decoder_of_a_family_is_refused_with_the_families(tmp_path: Path):
     folder = save_teacher(tmp_path, "electra", is_decoder=True)
-    with pytest.raises(UserError, match=rf"is a decoder \(electra\): take an encoder \({TITLES}\)"):
+    with pytest.raises(UserError, match=rf"is a decoder \(electra\): give an encoder \({TITLES}\)"):
         find_teacher(str(folder))
 
 
 @pytest.mark.parametrize(
     ("family", "values", "message"),
     [
-        ("bert", {"pad_token_id": 0}, "has the pad_token_id 3, and the model's config.json 0:"),
+        ("bert", {"pad_token_id": 0}, "has the pad_token_id 3, but the model's config.json has 0:"),
         (
             "modernbert",
             {"cls_token_id": 4},
-            "has the cls_token_id 1, and the model's config.json 4:",
+            "has the cls_token_id 1, but the model's config.json has 4:",
         ),
         (
             "modernbert",
             {"sep_token_id": 9},
-            "has the sep_token_id 2, and the model's config.json 9:",
+            "has the sep_token_id 2, but the model's config.json has 9:",
         ),
-        ("mpnet", {"vocab_size": 20}, f"has {len(VOCAB)} tokens, and the model only 20:"),
+        ("mpnet", {"vocab_size": 20}, f"has {len(VOCAB)} tokens, but the model only 20:"),
     ],
 )
 def test_a_tokenizer_that_does_not_fit_the_model_is_refused(
@@ -636,7 +636,7 @@ def test_a_token_beyond_the_vocabulary_is_refused_however_few_there_are(tmp_path
         file.read_text().replace(f'"doctor": {len(VOCAB) - 1}', f'"doctor": {len(VOCAB) + 8}')
     )
     with pytest.raises(
-        UserError, match=f"has {len(VOCAB) + 9} tokens, and the model only {len(VOCAB)}:"
+        UserError, match=f"has {len(VOCAB) + 9} tokens, but the model only {len(VOCAB)}:"
     ):
         find_teacher(str(tmp_path))
 
@@ -653,7 +653,7 @@ def test_a_student_that_reads_otherwise_is_refused_with_the_reason(tmp_path: Pat
     shorter = find_teacher(str(save_teacher(tmp_path / "shorter", max_position_embeddings=30)))
     with pytest.raises(
         UserError,
-        match="shorter' does not read text as .*' does: it takes 30 tokens, its teacher 40",
+        match="shorter' reads text differently from its teacher .*: it takes 30 tokens, its teacher 40",
     ):
         refuse_other_inputs(shorter, teacher)
     for name, change in (("other", lambda text: text.replace("river", "rover")), ("case", _lower)):
@@ -679,7 +679,8 @@ def test_a_text_read_by_another_tokenizer_is_refused(tmp_path: Path, text_file: 
     module = HiddenStateDistillModule(str(teacher), NARROW, Recipe(start=RandomStart()))
     trainer = pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, max_epochs=1)
     with pytest.raises(
-        UserError, match="other' does not read text as .*' does: it takes 30 tokens, its teacher 40"
+        UserError,
+        match="other' reads text differently from its teacher .*: it takes 30 tokens, its teacher 40",
     ):
         trainer.fit(module, datamodule=data)
 
@@ -697,12 +698,12 @@ def test_heads_of_an_odd_size_are_refused_where_positions_are_rotations():
     config = make_config("modernbert")
     with pytest.raises(
         UserError,
-        match="hidden_size 34 and num_attention_heads 2 make heads of 17: .*ModernBERT must have",
+        match="hidden_size 34 and num_attention_heads 2 make heads of size 17, but ModernBERT needs",
     ):
         build_student(config, replace(ARCH, hidden_size=34, num_attention_heads=2))
     space = SearchSpace.from_teacher(config)
     with pytest.raises(
-        UserError, match="hidden_size 34 and num_attention_heads 2 make heads of 17"
+        UserError, match="hidden_size 34 and num_attention_heads 2 make heads of size 17"
     ):
         space.replaced({"hidden_size": [34], "num_attention_heads": [2]}, config)
     odd = SearchSpace.from_teacher(

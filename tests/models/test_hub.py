@@ -121,7 +121,7 @@ def test_the_exit_code_is_3_and_nothing_is_made(online, tmp_path, text_file, cap
     online(not_found)
     assert main(args) == 2
     assert (
-        "There is no folder 'some/model' here, nor on the hub: an answer; give a folder"
+        "There is no folder 'some/model' here, and it was not found on the hub: an answer; give a folder"
         in capsys.readouterr().err
     )
     assert list(tmp_path.iterdir()) == []

@@ -104,7 +104,7 @@ def test_the_rule_of_the_original_s_code_differs_at_12_layers_for_5_and_7_to_10(
 @pytest.mark.parametrize("num_student", [0, 13])
 def test_a_student_without_layers_or_deeper_than_its_teacher_is_refused(mapping, num_student):
     with pytest.raises(
-        UserError, match=rf"{num_student} layers .* a teacher of 12: give it 1 to 12"
+        UserError, match=rf"{num_student} layers .* a teacher of 12 layers: give it 1 to 12"
     ):
         mapping(num_student, 12)
 
@@ -115,5 +115,7 @@ def test_a_custom_mapping_that_names_a_layer_that_is_not_there_is_refused(layer)
         def layers(self, student_layer, num_student_layers, num_teacher_layers):
             return (0, layer)
 
-    with pytest.raises(UserError, match=rf"teacher layer {layer}: there are 0 to 5"):
+    with pytest.raises(
+        UserError, match=rf"teacher layer {layer}, but the teacher has only layers 0 to 5"
+    ):
         Custom()(2, 6)

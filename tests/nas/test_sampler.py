@@ -574,9 +574,13 @@ def test_a_pruner_and_a_sampler_may_be_wrapped_around_another():
         (
             make_sampler,
             {"num_candidates": 2},
-            "sampler is {'num_candidates': 2}, which names no sampler: give it with its settings",
+            "sampler has the settings {'num_candidates': 2} but no class_path, so the sampler is unknown",
         ),
-        (make_pruner, {"init_args": {}}, "names no pruner: .*--pruner '{class_path: none, init"),
+        (
+            make_pruner,
+            {"init_args": {}},
+            "so the pruner is unknown: give --pruner '{class_path: none, init",
+        ),
         (make_sampler, {"class_path": {"foo": 1}}, "There is no sampler {'foo': 1}"),
         (make_sampler, "optuna.samplers.CmaEsSampler", "CmaEsSampler needs numerical parameters"),
         (make_sampler, "./mine.Sampler", "There is no sampler './mine.Sampler'"),
@@ -589,7 +593,7 @@ def test_a_pruner_and_a_sampler_may_be_wrapped_around_another():
         (
             make_sampler,
             {"class_path": "optuna.samplers.TPESampler", "init_args": {"x": 1}},
-            "TPESampler does not take",
+            "TPESampler cannot be created with",
         ),
         (
             make_sampler,
@@ -601,7 +605,7 @@ def test_a_pruner_and_a_sampler_may_be_wrapped_around_another():
         (
             make_pruner,
             {"class_path": "optuna.pruners.PercentilePruner"},
-            "PercentilePruner does not take",
+            "PercentilePruner cannot be created with",
         ),
     ],
 )

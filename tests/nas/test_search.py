@@ -202,7 +202,9 @@ def test_refused_candidates_do_not_count(make):
 
 def test_a_space_without_a_feasible_candidate_is_a_mistake_of_the_user(make):
     fake = make(refuse, space=THREE)
-    with pytest.raises(UserError, match="None of the 3 students meets the budget: relax it"):
+    with pytest.raises(
+        UserError, match="None of the 3 students meets the budget: raise its limits"
+    ):
         fake.search(2)
     assert len(fake.trained) == 3
 
@@ -259,7 +261,9 @@ def test_a_reward_that_is_no_number_is_a_failure_and_never_the_best(make, value)
 def test_when_nothing_but_failures_comes_the_search_ends_and_says_why(make):
     fake = make(fail)
     for _ in range(2):
-        with pytest.raises(CandidateFailed, match="Every candidate failed; the last one: the loss"):
+        with pytest.raises(
+            CandidateFailed, match="Every candidate failed, the last one with: the loss"
+        ):
             fake.search(20)
         assert len(fake.trained) == MOST_FAILURES
 
@@ -275,7 +279,7 @@ def test_some_failures_after_a_success_end_nothing_but_many_in_a_row_end_the_sea
     fake = make(fail, special={ONE: end_well})
     fake.queue(ONE)
     for start in (1, 2):  # the next start tries others, in case what failed is mended
-        told = f"The last {MOST_IN_A_ROW} candidates failed; the last one: the loss is nan"
+        told = f"The last {MOST_IN_A_ROW} candidates failed, the last one with: the loss is nan"
         with pytest.raises(CandidateFailed, match=told):
             fake.search(2)
         assert len(failed(fake.open())) == start * MOST_IN_A_ROW

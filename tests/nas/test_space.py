@@ -241,9 +241,12 @@ def test_a_space_is_narrowed_and_widened():
         ),
         (
             {"hidden_size": [100]},
-            "space.hidden_size has 100 and space.num_attention_heads 3, which does not divide it",
+            "space.num_attention_heads has 3, which does not divide the 100 in space.hidden_size",
         ),
-        ({"hidden_act": ["swoosh"]}, "space.hidden_act has 'swoosh', which is unknown"),
+        (
+            {"hidden_act": ["swoosh"]},
+            "space.hidden_act has 'swoosh', which transformers does not know",
+        ),
     ],
 )
 def test_what_cannot_be_built_is_refused(choices, message):

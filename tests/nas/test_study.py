@@ -268,7 +268,7 @@ def test_a_study_is_read_and_nothing_is_written(fake):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda path: None, "There is no study in '.*': no search was begun there. If it has"),
+        (lambda path: None, "There is no study in '.*': no search was started there. If the"),
         (lambda path: path.write_text("text" * 400), "cannot be read .*not a database"),
         (lambda path: path.touch(), "cannot be read"),
         (

@@ -119,7 +119,7 @@ def test_two_processes_do_not_make_the_same_run(tmp_path):
     command = [sys.executable, "-c", code, str(tmp_path)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
         other.stdout.readline()
-        message = f"^The run 'a' is being made by process {other.pid} of .*: wait.$"
+        message = f"^The run 'a' is in use by process {other.pid} of .*: wait.$"
         with pytest.raises(UserError, match=message), Run(tmp_path, "a").alone("wait"):
             pass
         with Run(tmp_path, "b").alone("wait"):

@@ -33,11 +33,11 @@ BAD = [
         "sampler: {class_path: x, init_args: &a {seed: 1}, more: {<<: *a, <<: *a}}\n",
         "the key '<<' is given twice",
     ),
-    (BOMB, f"more than {MOST_NODES:,} values with aliases expanded, line 5"),
+    (BOMB, f"more than {MOST_NODES:,} values after its aliases are expanded, line 5"),
     ("sampler: &a {class_path: x, init_args: *a}\n", "a value contains itself, line 1"),
-    ("sampler: " + 60 * "[" + 60 * "]", "nested more than 50 levels deep, line 1"),
-    ("sampler: " + 2_000 * "[" + 2_000 * "]", "nested more than 50 levels deep"),
-    ("#" * (MOST_CHARACTERS + 1), "it has 262,145 characters, more than 262,144"),
+    ("sampler: " + 60 * "[" + 60 * "]", "nested too deeply: at most 50 levels are allowed, line 1"),
+    ("sampler: " + 2_000 * "[" + 2_000 * "]", "nested too deeply: at most 50 levels are allowed"),
+    ("#" * (MOST_CHARACTERS + 1), "the YAML has 262,145 characters, but at most 262,144"),
     (
         "name: !!python/object/apply:os.system ['touch CANARY']\n",
         "could not determine a constructor",
@@ -252,5 +252,8 @@ def test_a_key_without_a_name_is_told(content, tmp_path, capsys):
 def test_a_config_that_maps_nothing_is_told_what_it_must_be(content, tmp_path, capsys):
     (tmp_path / "config.yaml").write_text(content)
     assert main(["search", "--config", str(tmp_path / "config.yaml")]) == 2
-    told = f"{str(tmp_path / 'config.yaml')!r} holds no mapping: it must map names to values."
+    told = (
+        f"{str(tmp_path / 'config.yaml')!r} holds no mapping: "
+        "write names with values, such as 'seed: 1'."
+    )
     assert capsys.readouterr().err == f"kdnas: {told}\n"

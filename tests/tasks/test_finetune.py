@@ -514,7 +514,7 @@ def test_what_fails_before_its_first_checkpoint_starts_afresh(teacher, task, tmp
 def test_a_loss_that_is_not_finite_fails_with_its_reason(teacher, task, tmp_path):
     model = classifier(teacher)
     nn.init.constant_(model.classifier.weight, float("nan"))
-    with pytest.raises(CandidateFailed, match="The loss of 'words' is nan at step 0"):
+    with pytest.raises(CandidateFailed, match="The training loss of task 'words' is nan at step 0"):
         evaluate(model, task, tmp_path / "run")
     assert not (tmp_path / "run" / "result.json").exists()
 
@@ -525,7 +525,9 @@ def test_a_loss_that_is_not_finite_in_validation_alone_fails_too(teacher, task, 
 
     model = classifier(teacher)
     model.classifier.register_forward_hook(spoil)
-    with pytest.raises(CandidateFailed, match="The loss of 'words' is (nan|inf) at step 4"):
+    with pytest.raises(
+        CandidateFailed, match="The training loss of task 'words' is (nan|inf) at step 4"
+    ):
         evaluate(model, task, tmp_path / "run")
 
 
@@ -558,7 +560,9 @@ def test_the_least_settings_are_taken():
 
 def test_more_tokens_than_the_model_takes_are_refused_at_the_start(tmp_path, task):
     model = classifier(save_teacher(tmp_path / "teacher"))
-    with pytest.raises(UserError, match="max_length is 128: this model takes at most 40 tokens"):
+    with pytest.raises(
+        UserError, match="max_length is 128, but this model takes at most 40 tokens"
+    ):
         evaluate(model, task, tmp_path / "run", FinetuneSettings())
     evaluate(model, task, tmp_path / "run", SETTINGS)  # nothing was written down of the first try
 

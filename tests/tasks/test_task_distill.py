@@ -189,7 +189,7 @@ def test_teachers_that_do_not_fit_are_refused(tmp_path):
     rte = TASKS["rte"]
     with pytest.raises(UserError, match="bare' is not fine-tuned: it has no head for 'rte'"):
         load_task_teacher(str(save_teacher(tmp_path / "bare")), rte, STUDENT)
-    with pytest.raises(UserError, match="three' has 3 outputs, and 'rte' needs 2"):
+    with pytest.raises(UserError, match="three' has 3 outputs, but the task 'rte' needs 2"):
         load_task_teacher(str(save_classifier(tmp_path / "three", 3)), rte, STUDENT)
     names = save_classifier(tmp_path / "names")
     model = load_classifier(names, 2)
@@ -223,7 +223,7 @@ def test_teachers_that_do_not_fit_are_refused(tmp_path):
     other.add_tokens(["unheard"])
     with pytest.raises(
         UserError,
-        match="'a student' does not read text as .*fits' does: its tokenizer has other tokens",
+        match="'a student' reads text differently from its teacher .*fits': its tokenizer has other tokens",
     ):
         load_task_teacher(
             str(save_classifier(tmp_path / "fits")), rte, replace(STUDENT, tokenizer=other)

@@ -174,7 +174,7 @@ def test_a_name_of_glue_is_loaded_from_the_hub(tmp_path, monkeypatch):
 def test_a_task_that_is_not_in_the_cache_is_told_with_a_remedy():
     with pytest.raises(
         UserError,
-        match=r"There is no folder 'rte' here, nor in the hub's cache .*; give a folder with train.parquet",
+        match=r"There is no folder 'rte' here, and it was not found in the hub's cache .*; give a folder with train.parquet",
     ):
         load_task("rte")
 
@@ -190,9 +190,7 @@ def test_what_is_neither_folder_nor_task_is_refused_with_the_nearest_name(source
 
 def test_a_file_is_no_task_and_where_it_belongs_is_told(tmp_path):
     (tmp_path / "mine.csv").write_text("text,label\na,b\n")
-    with pytest.raises(
-        UserError, match=r"mine.csv' is a file: give a folder with its rows as train.csv"
-    ):
+    with pytest.raises(UserError, match=r"mine.csv' is a file: give a folder with train.csv"):
         load_task(str(tmp_path / "mine.csv"))
 
 
@@ -214,7 +212,7 @@ def test_a_missing_column_is_refused_with_those_that_there_are(tmp_path):
         UserError, match="mrpc' lack the column 'sentence1': they have sentence, label"
     ):
         load_task(str(write_task(tmp_path / "mrpc")))
-    with pytest.raises(UserError, match="'some' has no text column: it has prose, label"):
+    with pytest.raises(UserError, match="'some' has no text column, only prose, label"):
         load_task(str(write_task(tmp_path / "some", ["prose"])))
     folder = write_task(tmp_path / "other")
     write_table(folder / "validation.parquet", sentence=["the model"])
@@ -262,11 +260,11 @@ def test_a_target_of_a_regression_that_is_no_number_is_refused(tmp_path, value):
 @pytest.mark.parametrize(
     "name, labels, message",
     [
-        ("cola", [0, 2], "labels 0, 2: every label from 0 to 1"),
-        ("cola", [1], "labels 1: every label from 0 to 1"),
+        ("cola", [0, 2], "labels 0, 2, but must have every label from 0 to 1"),
+        ("cola", [1], "labels 1, but must have every label from 0 to 1"),
         ("some", [0], "have the label 0: give two classes or more"),
-        ("sst2", [0, 1, 2], "labels 0, 1, 2: every label from 0 to 1"),
-        ("sst2", [-1, 0, 1], "labels -1, 0, 1: every label from 0 to 1"),
+        ("sst2", [0, 1, 2], "labels 0, 1, 2, but must have every label from 0 to 1"),
+        ("sst2", [-1, 0, 1], "labels -1, 0, 1, but must have every label from 0 to 1"),
     ],
 )
 def test_training_labels_that_make_no_classification_are_refused(tmp_path, name, labels, message):
@@ -366,9 +364,9 @@ def test_own_train_and_validation_files_are_taken_as_they_are(tmp_path):
     [
         ({}, ["body"], "stars", "lack the column 'body': they have review, stars"),
         ({}, ["review"], "label", "lack the column 'label': they have review, stars"),
-        ({}, [], "stars", "text columns are not given"),
-        ({}, ["review", "review"], "stars", "'review', 'review' and the label column 'stars'"),
-        ({}, ["stars"], "stars", "'stars' and the label column 'stars'"),
+        ({}, [], "stars", "text_column is empty and label_column"),
+        ({}, ["review", "review"], "stars", "'review', 'review' and label_column is 'stars'"),
+        ({}, ["stars"], "stars", "'stars' and label_column is 'stars'"),
         (
             {"review": ["a"] * 59 + [None]},
             ["review"],
@@ -399,7 +397,7 @@ def test_own_train_and_validation_files_are_taken_as_they_are(tmp_path):
             "stars",
             "have the label 'same': give two classes or more",
         ),
-        ({"review": ["same"] * 60}, ["review"], "stars", "60 rows with 1 distinct texts"),
+        ({"review": ["same"] * 60}, ["review"], "stars", "60 rows have only 1 distinct texts"),
         (
             {"stars": [f"label {i}" for i in range(60)]},
             ["review"],
@@ -499,7 +497,7 @@ def test_settings_are_chosen_on_training_rows_alone(tmp_path):
     )
     assert part.task.validations == ("validation",) and part.sha256 != loaded.sha256
     few = load_task(str(write_task(tmp_path / "few", labels=(0, 1), num_rows=2)))
-    with pytest.raises(UserError, match="label [01] of 'few' has too few training rows"):
+    with pytest.raises(UserError, match="label [01] of 'few' has so few training rows"):
         few.for_choosing(0.1)
 
 
@@ -520,7 +518,7 @@ def test_a_column_whose_name_is_no_line_is_shown_in_one(tmp_path):
     (folder / "train.csv").write_text('"a\n\x1b[2Jb"\nx\n')
     with pytest.raises(UserError) as error:
         load_task(str(folder))
-    assert r"it has a\n\x1b[2Jb; name it sentence" in str(error.value)
+    assert r"only a\n\x1b[2Jb: rename the text column" in str(error.value)
 
 
 @examples(60)

@@ -130,7 +130,9 @@ def test_what_was_known_of_another_student_is_refused(place, shape):
     linear, optimizer = make()
     with pytest.raises(
         UserError,
-        match=re.escape(f"The optimizer's {place!r} of shape {shape} belongs to another student"),
+        match=re.escape(
+            f"The optimizer state {place!r}, of shape {shape}, does not fit this student"
+        ),
     ):
         optimizer.load_tensors(linear, {place: torch.zeros(shape)})
 

@@ -133,7 +133,10 @@ def test_a_precision_in_float16_is_refused_before_the_first_step(tmp_path, plugi
     look = Call(lambda trainer, module: steps.append(module))
     trainer = make_trainer(settings(), tmp_path / "fit", 1, [look])
     trainer.strategy.precision_plugin = plugin
-    with pytest.raises(UserError, match=f"^precision is '{plugin.precision}': give 'bf16-mixed'"):
+    with pytest.raises(
+        UserError,
+        match=f"^precision is '{plugin.precision}', whose gradients need scaling: give 'bf16-mixed'",
+    ):
         fit(trainer, Steep(), Data())
     assert not steps
 
