@@ -467,7 +467,10 @@ class _Narrowing:
         return _LayerRun(query, key, value, before_norm, attention, intermediate, activity)
 
     def _scored(self, layer: Any, part: str, read: Tensor) -> Tensor:
-        """Return a teacher layer's queries or keys; for DeBERTa, also of relative positions."""
+        """Compute a teacher layer's queries or keys (``part``) from its input ``read``.
+
+        DeBERTa adds rows: the same map of the relative position embeddings.
+        """
         return F.linear(read, *attention_part(self.family, layer, part))
 
     def _attend(

@@ -177,7 +177,7 @@ def refuse_no_values(name: str, model: nn.Module) -> None:
 
 
 def state_sha256(state: Mapping[str, torch.Tensor]) -> str:
-    """Return the SHA-256 of a state dict: of each tensor's name, shape, dtype and bytes, sorted."""
+    """Return one SHA-256 over name, shape, dtype and bytes of all tensors, in order of name."""
     digest = hashlib.sha256()
     for name, tensor in sorted(state.items()):
         digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())

@@ -46,7 +46,8 @@ class SearchSpace:
         width, heads = teacher.hidden_size, teacher.num_attention_heads
         if width < MIN_HEAD_SIZE:
             raise UserError(
-                f"The teacher is {width} wide: a student needs at least {MIN_HEAD_SIZE}. Choose a wider teacher."
+                f"The teacher's hidden_size is {width}: a student, which is never wider than its "
+                f"teacher, needs at least {MIN_HEAD_SIZE}. Choose a wider teacher."
             )
         divisors = [
             h for h in range(1, heads + 1) if heads % h == 0 and width // h >= MIN_HEAD_SIZE

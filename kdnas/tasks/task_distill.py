@@ -30,15 +30,17 @@ _BATCHES_TO_BEGIN_WITH = 32
 class TaskDistillSettings:
     """How a classifier learns from labels and from a fine-tuned teacher.
 
-    The loss is ``(1 - soft_weight) * labels + soft_weight * soft + hidden_weight * hidden``, with
-    the losses against the labels, the teacher's outputs and the teacher's last hidden states.
+    The loss is ``(1 - soft_weight) * labels + soft_weight * soft + hidden_weight * hidden``.
+    ``labels`` is the loss against the labels, ``soft`` the one against the teacher's outputs, and
+    ``hidden`` the squared error against the teacher's last hidden states, divided by their
+    variance.
 
     Args:
         temperature: temperature of the softmax of student and teacher in the soft loss; a
             regression ignores it.
         soft_weight: weight of the loss against the teacher's outputs, 0 to 1.
-        hidden_weight: weight of the squared error against the teacher's last hidden states, divided
-            by their variance.
+        hidden_weight: weight of the squared error against the teacher's last hidden states, at
+            least 0.
 
     Raises:
         UserError: a value is out of its range.

@@ -442,13 +442,16 @@ def _download(task: Task) -> tuple[pa.Table, list[pa.Table]]:
 
 
 def _columns(task: Task, table: pa.Table, names: Mapping[str, str], where: str) -> Columns:
-    """Check the columns of a table of rows and return their values.
+    """Return the values of a table's columns; raise an error for missing or wrong values.
 
     Args:
         task: the task.
         table: the rows of one split.
         names: maps the name of each column in the result to its name in ``table``.
         where: description of the rows, for messages.
+
+    Returns:
+        Column name -> list of values: texts, and labels as the task has them.
     """
     missing = [name for name in names.values() if name not in table.column_names]
     if missing:

@@ -150,7 +150,7 @@ def test_activations_are_the_teachers_and_relu(act, choices):
 @pytest.mark.parametrize("width", [8, 15])
 def test_a_teacher_too_narrow_for_a_head_is_refused_with_its_width(width):
     with pytest.raises(
-        UserError, match=f"The teacher is {width} wide: a student needs at least 16"
+        UserError, match=f"The teacher's hidden_size is {width}: .* needs at least 16"
     ):
         SearchSpace.from_teacher(bert(2, width, 1))
 
