@@ -61,5 +61,8 @@ class Bench:
 
     @cached_property
     def calibration(self) -> CalibrationRows:
-        """Training rows on which students are initialised, from the ``mini`` split; cached."""
+        """Batches of training rows of the ``mini`` split, on which all students are initialised.
+
+        They are drawn at the first access.
+        """
         return calibration_rows(self.data.select("mini"))

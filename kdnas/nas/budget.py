@@ -69,7 +69,11 @@ class Budget:
 
 
 def latency_attrs(latency: ArchLatency) -> dict[str, Any]:
-    """Return a latency measurement as user attributes of a trial; latencies are in ms."""
+    """Return a dictionary of a latency measurement, to store as user attributes of a trial.
+
+    It has the latencies of student and teacher with their interquartile ranges (in milliseconds),
+    the speed-up and the student's number of parameters.
+    """
     return {
         "num_parameters": latency.num_parameters,
         "latency_ms": latency.student.median_ms,

@@ -24,9 +24,9 @@ LOOK_STEPS = 10
 
 
 class TrainingLoss(pl.Callback):
-    """Callback that records the last epoch's mean loss; ends the fit at a NaN or infinite loss.
+    """Callback that records the training losses of the current epoch.
 
-    Losses are checked every ``LOOK_STEPS`` steps.
+    Every ``LOOK_STEPS`` steps it checks them, and ends the fit if one is NaN or infinite.
 
     Raises:
         CandidateFailed: raised during the fit if a loss is NaN or infinite.
@@ -62,15 +62,17 @@ class TrainingLoss(pl.Callback):
         self._not_seen.clear()
         for step, loss in enumerate(losses, last_step - len(losses) + 1):
             if not math.isfinite(loss):
-                raise CandidateFailed(f"the training loss is {loss} at step {step}")
+                raise CandidateFailed(
+                    f"the training loss is {loss} at step {step} (lower learning rates may help)"
+                )
         self._losses += losses
 
 
 class PruneByHeldOutLoss(pl.Callback):
-    """Callback that reports ``1 - held-out loss`` to the pruner each epoch, and ends pruned fits.
+    """Callback that reports ``1 - held-out loss`` to the pruner after each epoch but the last.
 
-    After the last epoch the pruner is not asked: the candidate is then scored by its reward, while
-    the pruner knows only the loss.
+    If the pruner decides so, the callback ends the fit. After the last epoch the pruner is not
+    asked, because the candidate is then scored by its reward, not by its loss alone.
 
     Args:
         reporter: passes the reports to the search process, which asks the pruner; None: no pruner.
@@ -132,7 +134,7 @@ class HoldStill(pl.Callback):
 
     @contextmanager
     def alone(self) -> Iterator[None]:
-        """Context manager in which no other candidate trains here: holds the lock for writing."""
+        """Context manager that holds the lock for writing, so that nothing trains on this machine."""
         self.lock.release()
         with self.lock.write_lock():
             yield

@@ -108,11 +108,11 @@ def describe(values: Sequence[Any]) -> Tensor:
 
 
 def featurise(tables: Sequence[Tensor], points: Tensor) -> Tensor:
-    """Return the C features of each point, shape (..., C).
+    """Return the C features of each point (student shape), shape (..., C).
 
     Args:
         tables: for each of the F parameters, the result of ``describe`` for its choices.
-        points: choice indices, shape (..., F).
+        points: for each point, the index of its choice for each parameter, shape (..., F).
     """
     return torch.cat([table[points[..., place]] for place, table in enumerate(tables)], -1)
 
@@ -182,7 +182,10 @@ class History:
         return [best[0] if best else -1 for best in leaders]
 
     def candidates(self, episode: int) -> list[int]:
-        """Return the points that were trained in an episode so far, as rows of ``points_TF``."""
+        """Return the points that were trained in an episode so far.
+
+        Each is given by its row in ``points_TF``, the array of all trained points.
+        """
         start = episode * self.num_candidates
         return list(range(start, min(start + self.num_candidates, len(self))))
 
@@ -371,7 +374,7 @@ class EnsembleLSTM(Controller):
     """Controller of kdnas: an ensemble of linear models with small LSTMs.
 
     A member of the ensemble predicts ``w . phi(point) + v . h``, with weights w and v. phi is the
-    vector of 1, the one-hot choices, the features from ``describe``, and the products of each two
+    vector of 1, the one-hot choices, the features from ``describe``, and the products of every two
     features. h is the hidden state of the member's LSTM after it has read the points of
     ``History.tokens``, then the point itself.
 

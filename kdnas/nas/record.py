@@ -200,7 +200,7 @@ class Record:
         return self._frozen(frozen.number)
 
     def answer_reports(self, frozen: FrozenTrial) -> None:
-        """Ask the pruner whether a trial's job, which waits after an epoch, may continue."""
+        """Ask the pruner whether a trial may continue, and write the answer for its waiting job."""
         job = self.job(frozen)
         reports = progress_of(job.folder).get("reports", {}) if self._is_pruned else {}
         for step, value in reports.items():

@@ -50,7 +50,7 @@ Point = tuple[int, ...]
 
 
 def seed_of(*parts: object) -> int:
-    """Return a seed below 2 ** 32, the hash of the parts."""
+    """Return a seed below 2 ** 32, which is a hash of ``parts``, such as a seed and a number."""
     return int.from_bytes(hashlib.sha256("/".join(map(str, parts)).encode()).digest()[:4], "big")
 
 
@@ -171,9 +171,10 @@ class LSTMSampler(BaseSampler):
     ) -> dict[str, BaseDistribution]:
         """Return the categorical parameters that every trial has, with the same choices.
 
-        Unlike Optuna's ``IntersectionSearchSpace``, pruned trials count: if all trials so far
-        exceeded the budget, the next one must still avoid their points. If no trial is complete or
-        pruned, running and failed trials are used instead.
+        The result maps their names to their choices. Only complete and pruned trials count; if
+        there are none, running and failed ones do. Optuna's ``IntersectionSearchSpace`` ignores
+        pruned trials by default. Here they count because a student that exceeds the budget is
+        pruned, and the next trial must avoid its point even if all trials so far were pruned.
         """
         others = [other for other in _others(study, trial) if other.distributions]
         ended = [t for t in others if t.state in (TrialState.COMPLETE, TrialState.PRUNED)] or others
@@ -230,10 +231,13 @@ class LSTMSampler(BaseSampler):
             space: parameters whose choices make a point.
 
         Returns:
-            Four values: the points of all other trials; for points whose constraints were checked,
-            whether they met the constraints; the rewards of feasible points that were trained to
-            the end, negated if the study minimises; and the number of points that were trained to
-            the end or pruned.
+            Four values:
+
+            - the set of the points of all other trials;
+            - a dictionary from each point whose constraints were checked to whether it met them;
+            - a dictionary from each point that was trained to the end, and did not break a
+              constraint, to its reward, negated if the study minimises;
+            - the number of points that were trained to the end or ended by a pruner.
         """
         sign = 1 if study.direction == StudyDirection.MAXIMIZE else -1
         known: set[Point] = set()
@@ -288,13 +292,15 @@ def _point(trial: FrozenTrial, space: dict[str, CategoricalDistribution]) -> Poi
 def _pool(
     sizes: Sequence[int], barred: Iterable[Collection[Point]], generator: torch.Generator
 ) -> Tensor:
-    """Return the choice indices of P points that may be proposed, (P, F).
+    """Return the points (P, F) that may be proposed, each as its F choice indices.
+
+    They are all points of the space or, if it has more than ``POOL_SIZE``, a random sample.
 
     Args:
         sizes: number of choices of each of the F parameters.
-        barred: sets of points to leave out, in order of preference: the first set is used that
-            leaves at least one point, or else none.
-        generator: source of the draws from a space of more than ``POOL_SIZE`` points.
+        barred: alternative sets of points to leave out. The first set that leaves at least one
+            point is used; if no set does, all points are kept.
+        generator: source of the random sample.
     """
     if math.prod(sizes) <= POOL_SIZE:
         pool_PF = torch.cartesian_prod(*(torch.arange(size) for size in sizes)).view(-1, len(sizes))
@@ -334,7 +340,7 @@ class OriginalLSTMSampler(LSTMSampler):
 
 
 def make_sampler(spec: Spec, seed: int = 0) -> BaseSampler:
-    """Make a sampler.
+    """Make the Optuna sampler that ``spec`` names.
 
     Args:
         spec: a key of ``SAMPLERS``, a class path, or a mapping with ``class_path`` and
@@ -427,5 +433,6 @@ def _make(found: type[Any], arguments: dict[str, Any], kind: str, seed: int | No
         return found(**arguments)
     except Exception as error:  # each class raises its own errors
         raise UserError(
-            f"The {kind} {found.__name__} cannot be created with {arguments}: {first_line(error)}."
+            f"The {kind} {found.__name__} cannot be created with {arguments} "
+            f"({first_line(error)}): correct its init_args."
         ) from error

@@ -34,8 +34,9 @@ class SearchSpace:
         - Layers: 1 to 6, then 8, 10 and 12, then multiples of 4.
         - Attention heads: the divisors of the teacher's number of heads, down to a quarter of that
           number. Heads have at least 16 dimensions at the teacher's width.
-        - Width (``hidden_size``): 2, 3, 4, 6 and 8 eighths of the teacher's, if every number of
-          heads divides it into at least 16 dimensions a head (an even number for rotary positions).
+        - Width (``hidden_size``): 2/8, 3/8, 4/8, 6/8 and 8/8 of the teacher's. A width is left out
+          unless every number of heads divides it, with at least 16 dimensions for each head and,
+          for rotary positions, an even number.
         - Intermediate size: a quarter, a half and all of the teacher's.
         - Activation: the teacher's, and ReLU.
 
@@ -129,7 +130,7 @@ class SearchSpace:
         return StudentArch(**{name: suggest(name, values) for name, values in self.choices.items()})
 
     def by_rule(self) -> Iterator[StudentArch]:
-        """Yield student shapes that are good by a rule of thumb (LOG.md), the deepest first.
+        """Yield student shapes that are good by a rule of thumb (see LOG.md), the deepest first.
 
         There is one shape for each depth in the space. It has half of the largest width and number
         of heads, a quarter of the largest intermediate size (or the value in the space that is

@@ -134,7 +134,12 @@ def open_study(
 
 
 def _check_whole(storage: str | Path) -> None:
-    """Check all of an SQLite file now, since Optuna reads only parts and would fail later.
+    """Check that no part of an SQLite file is damaged; another database is not checked.
+
+    Optuna reads only parts of the file at first, so without this check it would fail later.
+
+    Args:
+        storage: path of the file, or URL of another database.
 
     Raises:
         sqlite3.DatabaseError: the file is damaged.
@@ -193,7 +198,7 @@ def _is_damage(error: BaseException) -> bool:
 
 
 def _sqlite_name(cause: BaseException) -> str:
-    """Return SQLite's name of an error; ``""`` if the error is not SQLite's."""
+    """Return SQLite's name of an error, such as ``SQLITE_FULL``; ``""`` for other errors."""
     return getattr(getattr(cause, "orig", cause), "sqlite_errorname", "")
 
 
@@ -222,10 +227,10 @@ def _lacks(study: Study, results: Mapping[int, Outcome]) -> int | None:
     study is told of its end later.
 
     Raises:
-        ValueError: the study minimises, so no search has made it.
+        ValueError: the study minimises; those of kdnas maximise.
     """
     if study.direction != StudyDirection.MAXIMIZE:
-        raise ValueError("the study minimises, so no kdnas search has made it")
+        raise ValueError("the study minimises, so it is not of kdnas, whose studies maximise")
     trials = {trial.number: trial for trial in study.get_trials(deepcopy=False)}
     for number, outcome in results.items():
         trial = trials.get(number)
@@ -255,13 +260,18 @@ def _refuse_other(study: Study, results: Mapping[int, Outcome], storage: str | P
     """
     if not isinstance(storage, Path) and not _is_of(study, results):
         raise UserError(
-            f"The database {without_password(storage)!r} holds another study "
-            f"{study.study_name!r}: give another --name or --storage."
+            f"The database {without_password(storage)!r} holds a study {study.study_name!r} of "
+            "another search: give another --name or --storage."
         )
 
 
 def _as_trial(outcome: Outcome | None, space: SearchSpace) -> FrozenTrial:
-    """Return an Optuna trial with a recorded outcome; None: a failed trial without parameters."""
+    """Return an Optuna trial with the state and values of a recorded outcome.
+
+    Args:
+        outcome: the outcome; None: return a failed trial without parameters.
+        space: the search space, whose choices are those of the trial's parameters.
+    """
     if outcome is None:
         return create_trial(state=TrialState.FAIL)
     reports = {int(step): value for step, value in outcome.reports.items()}
@@ -319,7 +329,8 @@ def read_study(
         raise
     except (*STORE_ERRORS, RuntimeError, ImportError, LookupError, ValueError) as error:
         raise UserError(
-            f"The study's database {shown!r} cannot be read ({first_line(_cause(error))})."
+            f"The study's database {shown!r} cannot be read ({first_line(_cause(error))}): correct "
+            "--storage, or repeat the command that made the run, which rebuilds a damaged database."
         ) from error
     if lacking is not None:
         raise UserError(
@@ -367,7 +378,7 @@ def sqlite_url(path: Path) -> str:
 
 
 def _literal(url: str) -> str:
-    """Escape the braces of a URL, which Optuna would take for a template."""
+    """Return a URL with its braces doubled, since Optuna takes a URL for a format string."""
     return url.replace("{", "{{").replace("}", "}}")
 
 

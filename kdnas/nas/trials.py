@@ -93,7 +93,7 @@ class Outcome:
 
 
 def results_in(folder: Path) -> dict[int, Outcome]:
-    """Read the outcomes of all ended trials in the folder of a run, by trial number."""
+    """Read the results in a run's folder; return each ended trial's outcome by its number."""
     paths = sorted(folder.glob("trial_*/result.json"))
     return {int(path.parent.name[6:]): Outcome.read(path) for path in paths}
 
@@ -200,7 +200,7 @@ def best_of(study: Study, space: SearchSpace) -> FrozenTrial:
         )
     if tried(study) and not trained(study):
         raise UserError("The pruner ended every candidate: give another pruner, or --pruner none.")
-    raise UserError(f"None of the {len(space)} students meets the budget: raise its limits.")
+    raise UserError(f"None of the {len(space)} students meets the budget: loosen its limits.")
 
 
 def begun(study: Study) -> list[FrozenTrial]:
@@ -329,7 +329,7 @@ def _is_trained(frame: pd.DataFrame) -> pd.Series:
 
 
 def is_twin(frame: pd.DataFrame) -> pd.Series:
-    """Return for each row of a table whether it only repeats an earlier trial.
+    """Return a boolean for each row of a table: whether its trial only repeats an earlier one.
 
     Args:
         frame: table from ``trials_frame``.

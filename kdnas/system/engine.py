@@ -142,8 +142,8 @@ class Engine:
             error = future.exception()
         except CancelledError:  # we cancel nothing: Dask does when its scheduler is gone
             raise OSError(
-                "the executor has lost its jobs: its scheduler has stopped; start it, then the "
-                "same command resumes"
+                "the executor's scheduler has stopped, so its running jobs are lost: start the "
+                "scheduler again and repeat the command, which resumes"
             ) from None
         return JobDied(_death(error)) if type(error).__name__ in DEATHS else error
 
@@ -233,7 +233,11 @@ class Engine:
 
 
 def _verdict(job: Job, error: BaseException | None) -> BaseException | None:
-    """Return the error of a job as ``Engine.wait`` reports it; None: the job succeeded.
+    """Return the error of an ended job in the form in which ``Engine.wait`` reports it.
+
+    Args:
+        job: the job.
+        error: error that the job has raised; None: it succeeded, and None is returned.
 
     Raises:
         OSError: the disk or the network failed, not the job itself.
@@ -250,7 +254,7 @@ def _verdict(job: Job, error: BaseException | None) -> BaseException | None:
 
 
 def _is_memory(error: BaseException | None) -> bool:
-    """Whether an error says that a job ran out of memory; ``JobDied`` does not say so."""
+    """Whether an error says that a job ran out of memory; a ``JobDied`` never counts."""
     return isinstance(error, Exception) and not isinstance(error, JobDied) and is_memory(error)
 
 

@@ -114,8 +114,8 @@ def first_line(error: BaseException) -> str:
 def as_raised(error: OSError) -> OSError:
     """Return a DataLoader worker's OSError as the worker raised it, with its ``errno``.
 
-    In the main process, torch re-raises it without ``errno``, with the worker's traceback as text.
-    Other errors are returned unchanged.
+    torch raises such an error again in the main process, but without ``errno``, and with the
+    worker's traceback as its text. Other errors are returned unchanged.
 
     Args:
         error: error that the main process has caught.

@@ -239,7 +239,7 @@ FULL = (errno.ENOSPC, errno.EDQUOT)
 def full_disk(error: BaseException) -> OSError | None:
     """Return the disk-full error among an error and its causes; None: there is none.
 
-    After a full disk, the clean-up may raise another error, such as a missing file.
+    The causes matter because the clean-up after a full disk may raise another error.
     """
     found = (one for one in causes(error) if isinstance(one, OSError) and one.errno in FULL)
     return next(found, None)
@@ -255,7 +255,7 @@ def room(error: OSError) -> str:
 
 @contextmanager
 def placed(path: Path) -> Iterator[None]:
-    """Context manager that adds ``path`` to an OSError without one, such as of a failed write."""
+    """Context manager that adds ``path`` to an OSError that names no file, as a failed write's."""
     try:
         yield
     except OSError as error:
@@ -463,13 +463,13 @@ def read_stamps(path: Path) -> dict[str, list[Any]]:
 
 
 class KeptFile(io.FileIO):
-    """An open file that is read in pieces, also after its name was deleted.
+    """An open file that is read in pieces, which works even after the file was deleted.
 
     It is closed when Python deletes the object.
     """
 
     def piece(self, start: int, size: int) -> bytes:
-        """Read ``size`` bytes from byte ``start``; safe with several processes and threads."""
+        """Read ``size`` bytes from byte ``start``; processes and threads may do so at a time."""
         return os.pread(self.fileno(), size, start)
 
     def __del__(self) -> None:
@@ -503,7 +503,7 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 
 def _exchange(one: Path, other: Path) -> None:
-    """Swap two folders; if this fails midway, ``other`` is back under its name."""
+    """Swap the names of two folders; if this fails midway, ``other`` gets its name back."""
     aside = Path(tempfile.mkdtemp(dir=other.parent, prefix=_prefix(other), suffix=ASIDE))
     os.replace(other, aside)
     try:

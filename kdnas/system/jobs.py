@@ -135,7 +135,10 @@ class Reporter:
                 torch.set_num_threads(told)
 
     def may_go_on(self, step: int) -> bool:
-        """Wait for the pruner's answer to the report at this step; False: the job must end.
+        """Wait until the pruner has answered this job's report; return whether the job may go on.
+
+        Args:
+            step: step of the report, which is the number of the epoch.
 
         Raises:
             Stopped: the job was asked to stop while it waited.
@@ -169,7 +172,8 @@ def run_job(job: Job) -> None:
     Raises:
         UserError, CandidateFailed, Stopped, ProcessExpired, KeyboardInterrupt: the function raised
             it.
-        OSError: the function or the writing raised it; parts that cannot be pickled are left out.
+        OSError: the function or the writing of its result raised it. Only number, text and file
+            of the error are kept, so that it can be pickled.
         DeviceFailed: the function raised another exception, which means that the GPU has failed.
         CandidateFailed: the function raised any other exception, whose text is the reason.
     """

@@ -71,7 +71,7 @@ def renew(path: Path) -> None:
 
 
 def _ours(path: Path) -> dict[str, Any] | None:
-    """Read a manifest; None if it is missing, damaged, or was not written by kdnas."""
+    """Read a manifest; return None if it is missing, damaged, or was not written by kdnas."""
     try:
         values = _read(path) if os.path.isfile(path) else {}
     except (UserError, OSError):
@@ -88,7 +88,9 @@ def _read(path: Path) -> dict[str, Any]:
     values = read_json(path)
     files = values.get("files") if isinstance(values, dict) else None
     if not isinstance(files, dict) or not all(isinstance(entry, dict) for entry in files.values()):
-        raise UserError(f"{str(path)!r} is not a manifest of kdnas: it lists no files.")
+        raise UserError(
+            f"{str(path)!r} is not a manifest of kdnas, since it lists no files: give another folder."
+        )
     return dict(values)
 
 
@@ -99,7 +101,10 @@ def _entry(path: Path) -> dict[str, Any]:
 
 
 def _files(folder: Path, but: Path | None = None) -> Iterator[Path]:
-    """Yield the files and links in a folder, except ``but``, locks and hidden files."""
+    """Yield the files and links in a folder and its subfolders, with some exceptions.
+
+    Left out are the path ``but``, locks, hidden files and hidden folders.
+    """
     for place, folders, names in os.walk(folder):  # does not follow links
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(
@@ -124,8 +129,8 @@ def verify(folder: Path) -> tuple[int, list[str]]:
     path = folder / MANIFEST
     if not path.is_file():
         raise UserError(
-            f"{str(folder)!r} has no manifest.json: a run or export there is not finished, or "
-            "there is none."
+            f"{str(folder)!r} has no manifest.json, so it holds no finished run or export: finish "
+            "it first, or give another folder."
         )
     files = _read(path)["files"]
     faults = []

@@ -203,7 +203,7 @@ def test_refused_candidates_do_not_count(make):
 def test_a_space_without_a_feasible_candidate_is_a_mistake_of_the_user(make):
     fake = make(refuse, space=THREE)
     with pytest.raises(
-        UserError, match="None of the 3 students meets the budget: raise its limits"
+        UserError, match="None of the 3 students meets the budget: loosen its limits"
     ):
         fake.search(2)
     assert len(fake.trained) == 3

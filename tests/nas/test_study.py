@@ -180,12 +180,12 @@ def test_a_study_on_a_server_is_made_again_there_and_others_of_it_are_left_alone
         params=ONE.to_dict(), distributions=distributions, value=1.0
     )
     optuna.load_study(storage=url, study_name="run").add_trial(of_others)
-    with pytest.raises(UserError, match="server.db' holds another study 'run'"):
+    with pytest.raises(UserError, match="server.db' holds a study 'run' of another search"):
         fake.open()
 
     optuna.delete_study(storage=url, study_name="run")
     optuna.create_study(storage=url, study_name="run", direction="minimize")
-    with pytest.raises(UserError, match="server.db' holds another study 'run'"):
+    with pytest.raises(UserError, match="server.db' holds a study 'run' of another search"):
         fake.open()
 
 
