@@ -66,7 +66,7 @@ def run_lightning(command: str, args: Sequence[str]) -> None:
 
 
 def _is_lightnings(error: Exception) -> bool:
-    """Return whether Lightning raised the error: it refuses settings by a ``ValueError``."""
+    """Return whether an error was raised in Lightning's own code, as for a wrong setting."""
     *_, (frame, _) = traceback.walk_tb(error.__traceback__)
     return str(frame.f_globals["__name__"]).startswith("lightning.")
 
@@ -118,7 +118,10 @@ class KDCLI(LightningCLI):
         )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add the options of the Trainer's method, and the defaults that are objects."""
+        """Add the options of the Trainer's method for this command, such as ``--ckpt_path``.
+
+        Also set the defaults of ``model`` that are objects, such as the loss.
+        """
         skipped: set[str | int] = {*self.subcommands()[self.command], "return_predictions"}
         self.arguments = parser.add_method_arguments(pl.Trainer, self.command, skip=skipped)
         # The teacher's tokenizer reads the data.
@@ -182,7 +185,11 @@ class KDCLI(LightningCLI):
             self.renew_curves()
 
     def instantiate_trainer(self, **options: Any) -> Any:
-        """Build the Trainer, with atomic checkpoints and, without a terminal, a line per epoch."""
+        """Build the Trainer, and add what kdnas needs.
+
+        Checkpoint files appear whole or not at all. If the output goes to no terminal, the Trainer
+        prints its progress as lines, unless ``--quiet`` is given.
+        """
         without_tensorflow()
         try:
             trainer = super().instantiate_trainer(**options)
@@ -217,7 +224,11 @@ class KDCLI(LightningCLI):
             log.info("The student, with its tokenizer: %s", folder / "encoder")
 
     def save_vectors(self, batches: list[tuple[list[str], torch.Tensor]]) -> None:
-        """Write ``vectors.parquet``, with ``text`` and ``vector`` in a row for each text."""
+        """Write ``vectors.parquet``, with ``text`` and ``vector`` in a row for each text.
+
+        Args:
+            batches: for each batch, its texts and their vectors, a row each.
+        """
         path = Path(self.trainer.log_dir or self.trainer.default_root_dir, "vectors.parquet")
         texts = [text for batch, _ in batches for text in batch]
         vectors = [vector for _, batch in batches for vector in batch.numpy()]
@@ -252,7 +263,7 @@ def own_folder(trainer: pl.Trainer) -> Path | None:
 
 @contextmanager
 def _removed_if_it_never_starts(trainer: pl.Trainer) -> Iterator[None]:
-    """Context manager that makes a fit's folder; removed if the fit fails before its first step."""
+    """Context manager that makes a fit's folder, and removes it if the fit fails before a step."""
     own = own_folder(trainer)
     if own is None or own.exists() or not trainer.is_global_zero:
         yield

@@ -50,7 +50,7 @@ def _shipped(*path: str) -> str:
 
 
 def known_options() -> dict[str, list[str]]:
-    """Return all options of each command."""
+    """Return a dictionary from each command to the list of its options."""
     lines = (line.split() for line in _shipped("options.txt").splitlines())
     return {command: options for command, *options in lines}
 

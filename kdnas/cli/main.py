@@ -135,7 +135,7 @@ def _interrupted(stop: type[BaseException], args: list[str]) -> int:
 
 
 def _set_log_level(args: list[str]) -> list[str]:
-    """Set the log level by ``--quiet`` and ``--log-level``; return the other arguments."""
+    """Set the log level that ``--quiet`` or ``--log-level`` gives; return the other arguments."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument(
         "--quiet", dest="level", action="store_const", const="warning", default="info"

@@ -135,9 +135,13 @@ def _shipped(name: str) -> str:
 
 
 def _one_value_each(args: Sequence[str], hints: dict[str, Any]) -> list[str]:
-    """Rewrite list options as the parser reads them.
+    """Return the arguments with list options rewritten in the form that the parser reads.
 
     For instance, ``--batch 1 8`` becomes ``--batch=[1] --batch+=[8]``.
+
+    Args:
+        args: the arguments.
+        hints: maps the name of each option to its type, such as ``list[int]``.
     """
     lists = {
         f"--{name}": get_args(kind)[0] for name, kind in hints.items() if get_origin(kind) is list
@@ -255,9 +259,9 @@ def refuse_unknown(command: str, args: Sequence[str]) -> None:
 
 
 def _only_of_run(config_class: type[Any]) -> list[str]:
-    """Return the fields of ``RunConfig`` that ``config_class``, a search's config, lacks.
+    """Return the names of the fields that ``RunConfig`` has and ``config_class`` lacks.
 
-    For a class that is not a search's config, return an empty list.
+    If ``config_class`` is not ``SearchConfig`` or a subclass, return an empty list.
     """
     from kdnas.commands.config import RunConfig, SearchConfig
 

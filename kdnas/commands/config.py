@@ -325,7 +325,7 @@ class LatencyConfig:
     json: str = "lightning_logs/latency.json"
 
     def settings(self) -> list[LatencySettings]:
-        """Return the latency settings of each combination."""
+        """Return a ``LatencySettings`` for each combination of the values in lists."""
         lengths = self.length[:1] if self.lengths else self.length
         found = []
         for values in itertools.product(self.backend, self.threads, self.batch, lengths):

@@ -39,7 +39,9 @@ def distill(
     root: str,
     seed: int,
 ) -> dict[str, Any]:
-    """Distil one student on all rows; arguments and errors are those of ``kdnas.distill``.
+    """Distil one student on all rows.
+
+    Arguments and errors are those of ``kdnas.distill``, but teacher and text are paths or names.
 
     Returns:
         The result dictionary of ``distill_student``.

@@ -201,7 +201,11 @@ def _task_and_corpus(
 def _rows(
     choice: _Choice, task: LoadedTask | None, corpus: Corpus | None, sentences: Sentences | None
 ) -> MakeRows | None:
-    """Return a function that makes the rows for the checks; None: check on random words."""
+    """Return a function that makes, from a tokenizer, the rows for the export's checks.
+
+    They are from ``sentences`` or else the task or else the corpus. None: there is none of these,
+    so the checks use random words.
+    """
     if sentences:
         return rows_of_texts(sentences.train, sentences.held_out)
     if task:
@@ -214,7 +218,10 @@ def _rows(
 
 
 def _sentences(teacher: Teacher, corpus: Corpus | None, task: LoadedTask | None) -> Sentences:
-    """Return the texts on which sentence vectors are compared: a corpus, or a task's sentences."""
+    """Return a teacher with the texts on which it is compared with its student.
+
+    The texts are the corpus or, without one, the sentences of the task.
+    """
     check_sentences(task)
     if corpus is not None:
         return Sentences(teacher, corpus.train, corpus.held_out, task)
@@ -295,7 +302,14 @@ def rows_of_task(task: LoadedTask, length: int, is_scored: bool = True) -> MakeR
 
 
 def rows_of_texts(train: Sequence[str], held_out: Sequence[str]) -> MakeRows:
-    """Return a function from a tokenizer to the rows, without labels, for an export's checks."""
+    """Return a function that makes, from a tokenizer, the rows for an export's checks.
+
+    The rows are tokens of the texts, without labels.
+
+    Args:
+        train: texts on which the int8 graph is chosen.
+        held_out: texts on which it is compared with the float32 graph.
+    """
     return lambda tokenizer: text_rows(
         train, held_out, tokenizer, min(MOST_TOKENS, tokenizer.model_max_length)
     )
@@ -377,7 +391,7 @@ def _check_teacher(source: Path, teacher: Teacher) -> None:
     for field in ("num_hidden_layers", "hidden_size"):
         ours, theirs = getattr(student, field), getattr(parent, field)
         if ours > theirs:
-            raise refused(f"has {field} {ours}, but its teacher {name} only {theirs}")
+            raise refused(f"has {field} {ours}, but its teacher {name} has only {theirs}")
     known = getattr(student, "teacher_sha256", None)
     if known and known != (found := teacher.sha256()):
         weights = f"(sha256 {known[:8]}) than those of {name} ({found[:8]})"

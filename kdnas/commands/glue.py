@@ -349,7 +349,14 @@ class Comparison:
         return list({(one.plain or one).key: one.plain or one for one in self.contenders}.values())
 
     def _settings(self, one: Contender, task: LoadedTask, grid: Sequence[Fit]) -> FinetuneSettings:
-        """Return a contender's settings on a task: the config's, or the best of the grid."""
+        """Return the settings with which a contender is fine-tuned on a task.
+
+        Args:
+            one: the contender.
+            task: the task.
+            grid: finished fine-tunings of the grid, the best of which gives the settings; empty:
+                the settings are the config's.
+        """
         if not grid:
             return self.config.finetune
         plain, name = one.plain or one, task.task.name
@@ -370,7 +377,10 @@ class Comparison:
         return best.settings
 
     def _do(self, fits: Sequence[Fit]) -> None:
-        """Run unfinished fine-tunings; one of the grid that fails gets a result without a score."""
+        """Run those of the fine-tunings that are not finished.
+
+        If one of the grid fails, its result has no score; any other failure is raised.
+        """
         by_folder = {fit.job.folder: fit for fit in fits}
 
         def ended(job: Job) -> None:
@@ -446,7 +456,7 @@ class Comparison:
 
 
 def about_task(task: LoadedTask) -> dict[str, Any]:
-    """Return the description of a task for ``results.json``."""
+    """Return a task's name, metric, number of labels and of rows, for ``results.json``."""
     return {
         "name": task.task.name,
         "metric": " + ".join(task.task.metrics),

@@ -55,7 +55,15 @@ class Choice:
 
     @classmethod
     def of(cls, config: RunConfig, measured: Measured, minutes: float) -> "Choice":
-        """Lower settings until a run needs at most ``minutes``, or as little as possible."""
+        """Choose the settings to lower so that a run needs at most ``minutes``.
+
+        If that is not possible, all settings are lowered as far as they may be.
+
+        Args:
+            config: config of the run.
+            measured: what was measured on a few rows.
+            minutes: minutes for the whole run.
+        """
         chosen = cut_to(config, measured, minutes)
         values = {name: (value_of(config, name), value_of(chosen, name)) for name in LEVERS}
         plan = measured.plan(chosen)
@@ -157,7 +165,11 @@ def _is_open(config: RunConfig) -> bool:
 
 
 def choose(config: RunConfig) -> tuple[Choice, Plan]:
-    """Measure a few rows; return the settings to lower for the time budget, and the plan."""
+    """Measure the speed on a few rows, and choose the settings to lower for the time budget.
+
+    Returns:
+        The ``Choice`` of lowered settings, and the ``Plan`` of the run with these settings.
+    """
     assert config.time_budget is not None
     begin = time.monotonic()
     measured = measure(config)
@@ -209,7 +221,10 @@ def cut_to(config: RunConfig, measured: Measured, minutes: float) -> RunConfig:
 
 
 def _options(config: RunConfig, measured: Measured) -> Iterator[dict[str, Any]]:
-    """Yield sets of settings to lower, for ``cut_to``: first none, then more and more, last all."""
+    """Yield the settings that ``cut_to`` tries, each time as ``{name in YAML: lowered value}``.
+
+    The first dictionary is empty; those that follow lower more and more settings.
+    """
     enough, fewest = _shares(config, measured)
     first = [
         {"full_kd.num_epochs": 2},
@@ -236,9 +251,10 @@ def _options(config: RunConfig, measured: Measured) -> Iterator[dict[str, Any]]:
 
 
 def _shares(config: RunConfig, measured: Measured) -> tuple[float, float]:
-    """Return two shares of the text's rows: one with enough tokens, and the smallest allowed.
+    """Return two shares of the text's rows: one that is enough, and the smallest allowed.
 
-    The first is smaller if the teacher's hidden states for it would exceed ``states.max_gb``.
+    The first has ``ENOUGH_TOKENS`` tokens, or fewer if the teacher's hidden states would otherwise
+    exceed ``states.max_gb``. The second has ``FEWEST_TOKENS``, but is not above the first.
     """
     tokens, num_bytes = sum(measured.tokens), measured.teacher.num_bytes
     enough = min(1.0, ENOUGH_TOKENS / tokens)
@@ -248,7 +264,11 @@ def _shares(config: RunConfig, measured: Measured) -> tuple[float, float]:
 
 
 def _fewer_rows(share: float, least: float) -> list[dict[str, Any]]:
-    """Return shares of the text from ``share`` down to ``least``, each a fifth smaller."""
+    """Return settings of ``data.fraction``, the share of the text's rows that is used.
+
+    Each share is a fifth smaller than the one before; they go from below ``share`` down to
+    ``least``.
+    """
     shares = []
     while share > least:
         share = max(least, 0.8 * share)
@@ -257,7 +277,10 @@ def _fewer_rows(share: float, least: float) -> list[dict[str, Any]]:
 
 
 def _is_lower(config: RunConfig, name: str, value: Any) -> bool:
-    """Whether a setting is at its default and ``value`` is lower."""
+    """Whether a setting may be lowered to ``value``: it has its default, and ``value`` is lower.
+
+    For the setting ``pruner`` every value counts as lower.
+    """
     asked = value_of(config, name)
     if asked != value_of(RunConfig(teacher="", text=""), name):
         return False

@@ -132,7 +132,8 @@ def _deploy(model: Teacher, folder: Path, backend: str) -> nn.Module | Path:
     """Return what a backend measures for a model: a torch model or an ONNX file.
 
     If ``model`` is an exported folder, an ONNX backend measures the folder's ONNX file. Otherwise,
-    a model of the same shape with random weights is built.
+    a model of the same shape with random weights is built; for an ONNX backend it is written to
+    ``folder``.
     """
     int8 = backend == "onnxruntime-int8"
     exported = Path(model.source) / (INT8 if int8 else ONNX)
@@ -167,7 +168,7 @@ def _shape(row: dict[str, Any]) -> str:
 
 
 def _backend(row: dict[str, Any]) -> str:
-    """Return a backend's name, followed by the device unless the backend implies it."""
+    """Return the backend's name in a row; the device is added if the name does not tell it."""
     backend, device = row["backend"], row["device"]
     return backend if device in ("cpu", backend) else f"{backend}, {device}"
 

@@ -15,13 +15,13 @@ from kdnas.system.files import INPUTS, check_writable, file_sha256, new_folder, 
 
 
 def as_paths(**asked: Any) -> dict[str, Any]:
-    """Write models, texts and tasks that are Python objects to folders below ``root``.
+    """Write models, texts and tasks that are Python objects to folders in ``<root>/inputs``.
 
     Each object among the settings is replaced by the path of its folder. Models, texts and tasks
     that are given as paths or names stay as they are, and so do all other settings.
 
     Args:
-        asked: settings of the command.
+        asked: settings of the command, by name; ``root`` is one of them.
 
     Returns:
         The settings, with paths as text in place of the objects.
@@ -42,7 +42,13 @@ def as_paths(**asked: Any) -> dict[str, Any]:
 
 
 def _path(value: Any, inputs: Path, write: Callable[[Any, Path], str]) -> str:
-    """Return a path or name as text; write an object to a folder named by its content's hash."""
+    """Return a path or name as text; for an object, return the path of its new folder.
+
+    Args:
+        value: a path, a name or an object.
+        inputs: folder in which the object's folder is made, named by a hash of the content.
+        write: writes an object to a folder, and returns a name for it.
+    """
     if isinstance(value, str | os.PathLike):
         return os.fspath(value)
     check_writable(inputs, "root")

@@ -70,7 +70,10 @@ class Stage:
 
 @dataclass(frozen=True)
 class Plan:
-    """Expected seconds, disk and memory of a search or a run, and the free disk space."""
+    """What a search or a run is expected to need: seconds, disk space and memory of each stage.
+
+    The free disk space is also given.
+    """
 
     stages: list[Stage]
     free_bytes: int  # on the disk that the search or run writes to
@@ -110,7 +113,10 @@ class Plan:
 
 
 class Rates(NamedTuple):
-    """Seconds before a fit's first step, and per token (distillation) or row (fine-tuning)."""
+    """Measured speed of a fit: seconds before its first step, and seconds per token or row.
+
+    Distillation is measured per token, fine-tuning per row.
+    """
 
     start: float  # before the first step
     train: float  # per token or row that is trained on
@@ -139,7 +145,7 @@ class Sample:
 
     @classmethod
     def take(cls, config: SearchConfig, folder: Path) -> "Sample":
-        """Write a few rows of the text and the task into a folder, and load them."""
+        """Take a few rows of the text and the task of a config: write them to a folder, load them."""
         config = replace(config, trainer=replace(config.trainer, logger=None, callbacks=[]))
         num_bytes = 4 * min(MOST_TOKENS, MOST_STEPS * config.data.batch_tokens)
         small, sizes = with_few_rows(config, folder, MOST_ROWS, num_bytes, NUM_TASK_ROWS)
@@ -167,9 +173,13 @@ class Sample:
         return int(lengths[data.train_ids()].sum()), int(lengths[data.held_out_ids()].sum())
 
     def cost(self, seconds: float, num_bytes: float = 0) -> "Cost":
-        """Extrapolate from the seconds and bytes for the few rows to the cost for the whole text.
+        """Return the cost of a step for the whole text, given what the few rows took.
 
-        The memory is this process's peak so far, plus that of the other rows.
+        The memory is this process's peak so far, plus what the rest of the rows would take.
+
+        Args:
+            seconds: seconds that the step took for the few rows.
+            num_bytes: bytes that it wrote to the disk.
         """
         num_kept = self.config.data.fraction * self.sizes.num_rows
         others = ROW_BYTES * max(0.0, num_kept - len(self.rows))
@@ -198,7 +208,7 @@ class Looks(NamedTuple):
 
 
 class Finetuning(NamedTuple):
-    """Measured speed of fine-tuning: seconds per row for teacher and student, and other costs."""
+    """Measured cost of fine-tuning: speed for teacher and student, disk space and memory."""
 
     teacher: Rates
     student: Rates
@@ -375,7 +385,11 @@ def _teacher(sample: Sample) -> tuple[TeacherStates, Cost, float]:
 
 
 def _looks(found: Inputs) -> Looks:
-    """Measure the latency of some random students of the search space."""
+    """Measure the latency of some random students of the search space.
+
+    Args:
+        found: the inputs, with search space, budget and meter of latency.
+    """
     archs, budget = list(found.space), found.config.search.budget
     order = np.random.default_rng(found.config.seed).permutation(len(archs))
     begin = time.perf_counter()
@@ -413,7 +427,15 @@ def _finetuning(
     name: str,
     model: PreTrainedModel,
 ) -> Rates:
-    """Measure the seconds per row of fine-tuning a model."""
+    """Fine-tune a model for an epoch on the sample's rows, and return the measured ``Rates``.
+
+    Args:
+        sample: the sample; results go to its folder.
+        config: config of the run.
+        task: the sample's labelled rows.
+        name: name of the subfolder for the results.
+        model: the classifier to fine-tune.
+    """
 
     def finetune(timer: Timer) -> None:
         evaluate_glue(
@@ -438,7 +460,15 @@ def _distillation(
     calibration: CalibrationRows,
     recipe: Recipe,
 ) -> Rates:
-    """Measure the seconds per token of distilling a student."""
+    """Distil a student for an epoch on the sample's rows, and return the measured ``Rates``.
+
+    Args:
+        sample: the sample; results go to its folder.
+        arch: shape of the student.
+        states: the teacher's hidden states of the rows.
+        calibration: rows on which the student is initialised.
+        recipe: how the student is distilled.
+    """
     found = sample.found
 
     def distil(timer: Timer) -> None:
@@ -451,7 +481,13 @@ def _distillation(
 
 
 def _rates(one_epoch: Callable[[Timer], object], num_train: int, num_scored: int) -> Rates:
-    """Time one epoch of a fit: it trains on ``num_train`` tokens or rows, scores ``num_scored``."""
+    """Time one epoch of a fit, and return its ``Rates``.
+
+    Args:
+        one_epoch: runs the fit, with the given timer among its callbacks.
+        num_train: number of tokens or rows on which the epoch trains.
+        num_scored: number of tokens or rows that are scored after it.
+    """
     timer = Timer()
     begin = time.perf_counter()
     one_epoch(timer)
@@ -467,10 +503,10 @@ def _reading_stage(measured: Measured, config: SearchConfig) -> Stage:
 
 
 def _teacher_stages(measured: Measured, config: SearchConfig) -> tuple[Stage, list[Stage]]:
-    """Return the stages of the teacher's forward passes: for the search, and for full KD.
+    """Return the stages in which the teacher runs: one for the search, and a list for full KD.
 
-    If its hidden states would exceed ``max_gb``, they are not stored, and the teacher runs in each
-    epoch.
+    If the teacher's hidden states would exceed ``max_gb``, they are not stored, and the teacher
+    runs in each epoch. The list is empty if full KD needs no stage of its own.
     """
     cost, (train, held_out) = measured.teacher, measured.tokens_of(config)
     of_search, of_full = config.data.mini_fraction * train + held_out, train + held_out
@@ -502,7 +538,10 @@ def _teacher_stages(measured: Measured, config: SearchConfig) -> tuple[Stage, li
 
 
 def _num_trials(measured: Measured, config: SearchConfig) -> int:
-    """Return the number of candidates to train: ``n_trials``, or all within the budget if fewer."""
+    """Return the number of candidates that the search will train.
+
+    It is ``n_trials`` or, if fewer, the estimated number of students within the budget.
+    """
     most = max(1, round(measured.looks.share * measured.num_archs))
     return min(config.search.n_trials, most)
 
@@ -532,7 +571,10 @@ def _search(measured: Measured, config: SearchConfig) -> Stage:
 
 
 def _later(measured: Measured, config: RunConfig) -> list[Stage]:
-    """Return the stages after the search, for a student near the budget's latency limit."""
+    """Return the expected stages after the search: full KD, fine-tuning and export.
+
+    The student is taken to be the slowest measured one within the budget.
+    """
     looks, fitting = measured.looks, measured.finetuning
     student_bytes = 4 * looks.within[looks.ends()[-1]].num_parameters
     stages = []

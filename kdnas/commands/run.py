@@ -262,7 +262,15 @@ def _opened(
     seconds: dict[str, float],
     choice: Choice | None = None,
 ) -> Iterator[RunContext]:
-    """Context manager that opens a run with its inputs and engine, and locks it."""
+    """Context manager that opens a run with its inputs and engine, and locks it.
+
+    Args:
+        config: config of the search or run.
+        console: where to print.
+        seconds: gets an entry with the seconds that reading the inputs takes.
+        choice: the settings that were lowered for the time budget, to be saved; None: there are
+            none.
+    """
     try:
         with open_engine(config.num_workers, config.executor) as engine:
             with _timed(seconds, "reading"):
@@ -383,7 +391,10 @@ class SearchDisplay:
             self.context.console.print(str(ranking), highlight=False, soft_wrap=True)
 
     def write_down(self) -> None:
-        """Update bar, ``trials.csv`` and TensorBoard; delete weights of all but the best trials."""
+        """Update the progress bar, ``trials.csv`` and TensorBoard's files.
+
+        The weights of all but the best trials are deleted.
+        """
         run = self.context.run
         self.progress.update(self._bar, completed=len(tried(self.study)))
         write_text(run.trials_csv, trials_frame(self.study).to_csv(index=False))
@@ -431,7 +442,11 @@ def full_kd_stage(context: RunContext, config: RunConfig, arch: StudentArch) -> 
 
 
 def _kept_files(context: RunContext, arch: StudentArch) -> dict[str, Path]:
-    """Return name -> file: a candidate's weights and optimizer state, as far as they exist.
+    """Return a candidate's files of weights and optimizer state, by name, if they exist.
+
+    Args:
+        context: the run.
+        arch: shape of the candidate.
 
     Raises:
         UserError: a file is damaged.
@@ -491,7 +506,14 @@ class Role(Contender):
 
 
 def _roles(context: RunContext, config: RunConfig, arch: StudentArch, task: str) -> list[Role]:
-    """Return the models of the final table: the teacher, then the student and the baselines."""
+    """Return the models of the final table: the teacher, then the student and the baselines.
+
+    Args:
+        context: the run.
+        config: config of the run.
+        arch: shape of the student.
+        task: name of the task.
+    """
     folder, teacher = context.run.glue, context.inputs.teacher
     kept = folder / "layer_cut" / "shape.yaml"
     if not kept.exists():

@@ -102,8 +102,8 @@ def model_card(
 def _results(task: str, metrics: Mapping[str, float]) -> Iterator[EvalResult]:
     """Convert a task's metrics to the ``model-index`` format of the Hugging Face hub.
 
-    Metrics of MNLI that end with ``_matched`` belong to its split ``validation_matched``;
-    ``_mismatched`` to ``validation_mismatched``.
+    A metric's name may end with a part of the validation rows: those of MNLI that end with
+    ``_matched`` belong to the split ``validation_matched``, and likewise ``_mismatched``.
     """
     is_glue = task in TASKS
     for key, value in metrics.items():
@@ -120,9 +120,12 @@ def _results(task: str, metrics: Mapping[str, float]) -> Iterator[EvalResult]:
 
 
 def check_lines(report: Mapping[str, Any]) -> dict[str, dict[str, str]]:
-    """Return the results of an export's checks as text: maps each title to its rows.
+    """Return the results of an export's checks as text: a dictionary from titles to rows.
 
-    The rows of a title are ``{name: text}``.
+    The rows under a title are ``{name: text}``.
+
+    Args:
+        report: the results, as ``export_student`` returns them.
     """
     int8 = report["int8"]
     scores = {"model.int8.onnx, cosine to model.onnx": f"{int8['cosine']:.4f} ({int8['rows']})"}

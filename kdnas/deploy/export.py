@@ -139,7 +139,7 @@ def export_student(
 
 
 def teacher_in(config: PreTrainedConfig) -> dict[str, str]:
-    """Return the manifest's entry with the teacher's hash; {} if the config has none."""
+    """Return ``{"teacher_sha256": hash}``, for a manifest; {} if the config has no such hash."""
     known = getattr(config, "teacher_sha256", None)
     return {"teacher_sha256": str(known)} if known else {}
 
@@ -185,7 +185,10 @@ def load_student(source: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase
         model, info = factory.from_pretrained(source, **options)
         tokenizer = AutoTokenizer.from_pretrained(source, **here)
         if missing := sorted(info["missing_keys"]):
-            raise ValueError(f"the weights lack {missing[0]!r} (and {len(missing) - 1} more)")
+            raise ValueError(
+                f"the weights lack {missing[0]!r} (and {len(missing) - 1} more): give a folder with "
+                "all of them"
+            )
         refuse_unused(str(source), info["unexpected_keys"])
         refuse_no_values(str(source), model)
         # If a folder has no tokenizer, transformers returns an empty one.
@@ -194,7 +197,8 @@ def load_student(source: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase
         match_marks(tokenizer, config)
         if unknown := set(tokenizer.model_input_names) - {*INPUTS, "token_type_ids"}:
             raise ValueError(
-                f"the tokenizer returns {min(unknown)!r}, an input that is not supported"
+                f"the tokenizer returns {min(unknown)!r}, an input that is not supported: give a "
+                "model that takes only text"
             )
     except Exception as error:  # a broken folder raises anything, KeyError and EOFError included
         raise UserError(f"Cannot export {str(source)!r}: {first_line(error)}.") from error
@@ -206,7 +210,7 @@ def load_student(source: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase
 
 
 def _parity_lengths(longest: int) -> list[int]:
-    """Return the row lengths to check: the Fibonacci numbers 1, 2, 3, 5, 8, ... and ``longest``."""
+    """Return the row lengths to check: Fibonacci numbers below ``longest``, and ``longest``."""
     lengths, step = [1], 1
     while lengths[-1] + step < longest:
         lengths.append(lengths[-1] + step)
@@ -217,10 +221,19 @@ def _parity_lengths(longest: int) -> list[int]:
 def _check_parity(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: Path, tolerance: float
 ) -> float:
-    """Return the largest difference between torch and onnxruntime on real tokens.
+    """Return the largest difference between the outputs of a model and of its ONNX graph.
 
-    The difference is measured on single rows and on padded batches, from 1 token up to the longest
-    rows that ``MOST_SCORES`` allows. A difference above ``tolerance`` raises ``ParityError``.
+    Outputs at padding are left out. The rows are single and in padded batches, from 1 token up to
+    the longest rows that ``MOST_SCORES`` allows.
+
+    Args:
+        model: the model, which torch runs.
+        tokenizer: the model's tokenizer.
+        path: the graph, which onnxruntime runs.
+        tolerance: largest allowed difference.
+
+    Raises:
+        ParityError: the difference is above ``tolerance``.
     """
     output = output_name(model)
     session = open_session(path)
@@ -241,7 +254,8 @@ def _check_parity(
             if not largest <= tolerance:  # NaN too
                 raise ParityError(
                     f"The ONNX graph's {output} differs from torch's by {largest:.3g} at "
-                    f"batch size {size} and length {length}, but only {tolerance:g} is allowed."
+                    f"batch size {size} and length {length}, but only {tolerance:g} is allowed, so "
+                    "nothing is exported."
                 )
             worst = max(worst, largest)
     return worst
@@ -257,7 +271,8 @@ def _check_predict(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     for name, found in Predictor(folder).encode(texts).items():
         if found.shape != expected[name].shape or (found != expected[name]).any():
             raise ParityError(
-                f"For some texts, predict.py gives other {name} than the transformers tokenizer."
+                f"For some texts, predict.py gives other {name} than the transformers tokenizer, "
+                "so nothing is exported."
             )
 
 

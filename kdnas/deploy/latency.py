@@ -104,7 +104,7 @@ class LatencySettings:
             )
 
     def batches(self) -> list[list[int]]:
-        """Return the row lengths of each batch that is timed."""
+        """Return a list with, for each batch that is timed, the list of its row lengths."""
         if self.lengths is None:
             return [[self.length] * self.batch_size]
         rows = _read_lengths(self.lengths)
@@ -114,7 +114,7 @@ class LatencySettings:
         return [rows[size * place : size * (place + 1)] for place in range(num_batches)]
 
     def content(self) -> dict[str, str]:
-        """Return ``{"latency.lengths_sha256": hash of the file}``; {} without such a file."""
+        """Return the hash of the file ``lengths`` as a dictionary; {} if no such file is given."""
         if not self.lengths:
             return {}
         return {"latency.lengths_sha256": file_sha256(Path(self.lengths))}
@@ -158,7 +158,7 @@ def measured_by(how: Mapping[str, Any]) -> str:
 
 
 def is_unsteady(median_ms: float, iqr_ms: float) -> bool:
-    """Return whether a latency is unsteady: an interquartile range that is large for its median."""
+    """Return whether a latency is unsteady: its interquartile range is over 10 % of its median."""
     return iqr_ms > MOST_SPREAD * median_ms
 
 
@@ -275,8 +275,8 @@ class LatencyMeter:
         for role, latency in (("student", student), ("teacher", teacher)):
             if not 0 < latency.median_ms < math.inf:
                 raise CandidateFailed(
-                    f"The {role}'s latency was measured as {latency.median_ms} ms, for the student "
-                    f"{arch}."
+                    f"For the student {arch}, the {role}'s latency was measured as "
+                    f"{latency.median_ms} ms, so this student cannot be scored."
                 )
         return ArchLatency(student, teacher, num_parameters(model))
 
@@ -361,7 +361,11 @@ def threads(number: int) -> Iterator[None]:
 def _running(
     models: Sequence[nn.Module | Path], settings: LatencySettings
 ) -> Iterator[Sequence[Callable[..., Any]]]:
-    """Context manager that gives, for each model, a function which runs it on a batch."""
+    """Context manager that prepares models for a backend, and gives a function for each.
+
+    The function runs its model on a batch, whose inputs are keyword arguments. The functions are in
+    the order of ``models``.
+    """
     device = settings.device
     modules = [model for model in models if isinstance(model, nn.Module)]
     no_autocast = torch.autocast(torch.device(device).type, enabled=False)
@@ -404,10 +408,14 @@ def _deployed(models: Sequence[nn.Module], device: str) -> Iterator[None]:
 
 
 def _timed(turn: Sequence[Callable[[], Any]], device: torch.device, share: float) -> list[float]:
-    """Run a model for ``share`` seconds and return the time of each forward pass, in seconds.
+    """Run a model for at least ``share`` seconds; return the seconds of each forward pass.
 
-    ``turn`` has a function for each batch, which runs the model on it. All batches run equally
-    often, after one untimed pass.
+    All batches run equally often. An untimed pass comes first.
+
+    Args:
+        turn: for each batch a function that runs the model on it.
+        device: device of the model.
+        share: seconds.
     """
     turn[0]()
     times: list[float] = []

@@ -107,7 +107,15 @@ def _sample(rows: Sequence[Any], most: int) -> list[Any]:
 
 
 def outputs(path: Path, batches: Sequence[Feed]) -> list[np.ndarray]:
-    """Return a graph's output for each batch: logits (B, C), or states of real tokens (N, H)."""
+    """Return a graph's output for each batch.
+
+    It is the logits, shape (rows, labels), or the hidden states of all real tokens, shape (tokens,
+    width).
+
+    Args:
+        path: the ONNX graph.
+        batches: inputs of the graph, as ``{name: array}``.
+    """
     session = open_session(path)
     names = [node.name for node in session.get_inputs()]
     found = []
@@ -118,7 +126,13 @@ def outputs(path: Path, batches: Sequence[Feed]) -> list[np.ndarray]:
 
 
 def score(task: Task, found: Sequence[np.ndarray], batches: Sequence[Feed]) -> float:
-    """Return a task's score (the mean of its metrics) for a graph's outputs on batches."""
+    """Return a task's score, the mean of its metrics, for a graph's outputs.
+
+    Args:
+        task: the task.
+        found: the output for each batch.
+        batches: the batches, which have the true ``labels``.
+    """
     metrics = make_metrics(task)
     for output, batch in zip(found, batches, strict=True):
         logits = torch.from_numpy(output)
@@ -142,7 +156,17 @@ def cosine(first: Sequence[np.ndarray], second: Sequence[np.ndarray]) -> float:
 def compare(
     exact: Path, int8: Path, batches: Sequence[Feed], task: Task | None
 ) -> dict[str, float]:
-    """Return the ``cosine`` of two graphs' outputs, and a task's ``score`` and ``int8_score``."""
+    """Return a comparison of an int8 graph with the float32 graph, as a dictionary.
+
+    It has ``cosine`` between their outputs and, with a task, the task's ``score`` of the float32
+    graph and ``int8_score`` of the int8 graph.
+
+    Args:
+        exact: the float32 graph.
+        int8: the int8 graph.
+        batches: the batches on which both graphs run.
+        task: the task; None: the outputs are not scored.
+    """
     found = outputs(int8, batches)
     expected = outputs(exact, batches)
     result = {"cosine": cosine(found, expected)}

@@ -41,7 +41,15 @@ class Sentences:
 
 
 def check_sentences(task: LoadedTask | None) -> None:
-    """Raise an error if sentence-transformers is missing, or a task has no rated sentence pairs."""
+    """Raise an error if sentence vectors cannot be checked.
+
+    Args:
+        task: the task with which they are scored; None: no task.
+
+    Raises:
+        UserError: sentence-transformers is not installed, or the task does not have pairs of
+            sentences with a number as label.
+    """
     if importlib.util.find_spec("sentence_transformers") is None:
         raise UserError(
             "sentence-transformers is not installed: pip install '.[sentence-transformers]'."
@@ -123,7 +131,14 @@ def add_sentence_files(
 
 
 def spearman(encoder: Any, task: LoadedTask) -> float:
-    """Return Spearman's correlation of labels and cosines, over the validation sentence pairs."""
+    """Return Spearman's correlation between a task's labels and an encoder's cosines.
+
+    The cosines are those of the two sentence vectors of each validation pair.
+
+    Args:
+        encoder: a ``SentenceTransformer``, or an object with its method ``encode``.
+        task: a task with pairs of sentences and their similarities.
+    """
     first, second = (_vectors(encoder, task.validation[name]) for name in task.task.columns)
     metrics = make_metrics(task.task)
     metrics.update(F.cosine_similarity(first, second), torch.tensor(task.validation["label"]))
@@ -173,7 +188,7 @@ def _check_vectors(
     if not largest <= 1e-4:
         raise ParityError(
             f"The vectors from sentence-transformers differ from the student's by {largest:.3g}, "
-            "more than allowed."
+            "but only 0.0001 is allowed, so nothing is exported."
         )
 
 

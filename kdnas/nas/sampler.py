@@ -50,7 +50,7 @@ Point = tuple[int, ...]
 
 
 def seed_of(*parts: object) -> int:
-    """Return a seed below 2 ** 32, which is a hash of ``parts``, such as a seed and a number."""
+    """Return a seed below 2 ** 32: a hash of ``parts``, such as a seed and a trial's number."""
     return int.from_bytes(hashlib.sha256("/".join(map(str, parts)).encode()).digest()[:4], "big")
 
 

@@ -230,7 +230,7 @@ def _lacks(study: Study, results: Mapping[int, Outcome]) -> int | None:
         ValueError: the study minimises; those of kdnas maximise.
     """
     if study.direction != StudyDirection.MAXIMIZE:
-        raise ValueError("the study minimises, so it is not of kdnas, whose studies maximise")
+        raise ValueError("the study minimises, but every study of kdnas maximises")
     trials = {trial.number: trial for trial in study.get_trials(deepcopy=False)}
     for number, outcome in results.items():
         trial = trials.get(number)

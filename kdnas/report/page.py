@@ -175,14 +175,17 @@ def write_page(path: Path, template: str, **values: Any) -> None:
 
 
 def stage_results(run: Run) -> tuple[Any, Any, Any]:
-    """Return the results of full KD, fine-tuning and export; None for an unfinished stage."""
+    """Return a tuple with the results of full KD, fine-tuning and the export's checks.
+
+    None stands for the results of an unfinished stage.
+    """
     files = run.full_kd / "result.json", run.glue / "results.json", run.student / MANIFEST
     full_kd, results, manifest = (read_json(file) if file.is_file() else None for file in files)
     return full_kd, results, manifest and manifest.get("checks")
 
 
 def unfinished(run: Run, config: Mapping[str, Any]) -> list[str]:
-    """Return the stages that a run's config asks for but that are not finished."""
+    """Return the names of the stages that a run's config asks for but that are not finished."""
     full_kd, results, exported = stage_results(run)
     done = {"search": run.best_student.is_file()}
     if "full_kd" in config:  # a search has none
@@ -276,7 +279,10 @@ def _by_epoch(label: str, name: str, lines: Sequence[Line]) -> Markup | None:
 
 
 def _leaders(frame: pd.DataFrame) -> list[dict[str, str]]:
-    """Return, for each episode of the search, the best trials and their rewards as table rows."""
+    """Return a table row ``{heading: text}`` for each episode, with the best trials at its end.
+
+    They are the best so far, of this episode and of the one before, each with its reward.
+    """
     trained = frame.dropna(subset=["episode"])
 
     def best(rows: pd.DataFrame) -> str:
@@ -330,9 +336,12 @@ def _limits(budget: Mapping[str, float]) -> str:
 
 
 def _unusual(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the ``kdnas glue`` options with which a run's fine-tuning can be repeated.
+    """Return the ``kdnas glue`` options that repeat a run's fine-tuning, as ``{name: value}``.
 
-    Options that have their default in the run are left out.
+    Options whose value in the run is the default are left out.
+
+    Args:
+        config: content of the run's ``config.yaml``.
     """
     usual: dict[str, Any] = {
         "finetune": FinetuneSettings(),
@@ -355,9 +364,9 @@ def _teacher_of(run: Run) -> dict[str, str]:
 
 
 def _environment(trials: Iterable[FrozenTrial]) -> dict[str, str]:
-    """Return when the search ended, and this machine and its packages.
+    """Return ``{name: text}`` with the end of the search, this machine and its packages.
 
-    Workers may have used other machines.
+    The machine is the one that writes the page; workers may have run on others.
     """
     dates = [trial.datetime_complete or trial.datetime_start for trial in trials]
     ended = max((date for date in dates if date), default=None)

@@ -45,7 +45,11 @@ STYLE = {
 
 
 def as_figure(draw: Draw) -> Figure:
-    """Return a matplotlib figure, on a white background, of a drawing function."""
+    """Return a matplotlib figure with a white background.
+
+    Args:
+        draw: function that draws on the axes of the figure.
+    """
     with matplotlib.style.context(["default", STYLE]):
         figure = Figure(figsize=(4.4, 3.1), layout="constrained", dpi=120)
         draw(figure.add_subplot())
@@ -72,7 +76,7 @@ def as_svg(label: str, draw: Draw) -> Markup:
 
 
 def pareto(frame: pd.DataFrame, best: int | None, budget: Mapping[str, float]) -> Draw | None:
-    """Draw loss against latency of every candidate, with the Pareto front.
+    """Make a function that draws every candidate's loss against its latency, and the front.
 
     Args:
         frame: the trials, as from ``trials_frame``.
@@ -80,7 +84,7 @@ def pareto(frame: pd.DataFrame, best: int | None, budget: Mapping[str, float]) -
         budget: maps the names of fields of ``Budget`` to their values; limits on latency are drawn.
 
     Returns:
-        The drawing, or None if no latency was measured.
+        A function that draws on matplotlib axes; None if no latency was measured.
     """
     measured = frame[frame["latency_ms"].notna() & ~is_twin(frame)]
     trained = measured[np.isfinite(measured["loss"])]
@@ -116,10 +120,13 @@ def pareto(frame: pd.DataFrame, best: int | None, budget: Mapping[str, float]) -
 
 
 def fronts(frames: Mapping[str, pd.DataFrame]) -> Draw:
-    """Draw the candidates and Pareto fronts of several searches.
+    """Make a function that draws the candidates and Pareto fronts of several searches.
 
     Args:
         frames: maps the name of each run to its trials, as from ``trials_frame``.
+
+    Returns:
+        A function that draws loss against latency on matplotlib axes.
     """
 
     def draw(axes: Axes) -> None:
@@ -137,10 +144,13 @@ def fronts(frames: Mapping[str, pd.DataFrame]) -> Draw:
 
 
 def best_so_far(rewards: Mapping[str, Sequence[float]]) -> Draw:
-    """Draw the best reward so far against the number of trained candidates, a line for each run.
+    """Make a function that draws the best reward so far, with a line for each run.
 
     Args:
         rewards: maps a run's name to the rewards of its candidates, in the order of training.
+
+    Returns:
+        A function that draws on matplotlib axes; x is the number of trained candidates.
     """
 
     def draw(axes: Axes) -> None:
@@ -157,13 +167,13 @@ def best_so_far(rewards: Mapping[str, Sequence[float]]) -> Draw:
 
 
 def predictions(frame: pd.DataFrame) -> Draw | None:
-    """Draw the trials' rewards against the rewards that an LSTM controller predicted for them.
+    """Make a function that draws the trials' rewards against those that an LSTM predicted.
 
     Args:
         frame: the trials, as from ``trials_frame``.
 
     Returns:
-        The drawing, or None if no reward was predicted.
+        A function that draws on matplotlib axes; None if no reward was predicted.
     """
     known = frame[frame["predicted_reward"].notna() & frame["reward"].notna() & ~is_twin(frame)]
     ends = known[["predicted_reward", "reward"]].stack().agg(["min", "max"])
@@ -181,12 +191,16 @@ def predictions(frame: pd.DataFrame) -> Draw | None:
 
 
 def curves(ylabel: str, name: str, lines: Iterable[Line]) -> Draw:
-    """Draw a value by epoch, as one line per model; grey lines are thin.
+    """Make a function that draws a value by epoch, with a line for each model.
 
     Args:
         ylabel: label of the value in the picture.
         name: key of the value in the rows of a line.
-        lines: for each line its name, its rows (a dictionary of values per epoch) and its colour.
+        lines: for each line its name, its rows (a dictionary of values for each epoch) and its
+            colour; grey lines are drawn thin.
+
+    Returns:
+        A function that draws on matplotlib axes.
     """
 
     def draw(axes: Axes) -> None:
@@ -204,9 +218,10 @@ def curves(ylabel: str, name: str, lines: Iterable[Line]) -> Draw:
 
 
 def _named(candidates: pd.DataFrame, kept: pd.Index) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Split candidates into those with and those without a tool tip.
+    """Split a table of candidates into those that get a tool tip and those that do not.
 
-    With more than ``MOST_NAMED`` candidates, only those whose index is in ``kept`` get one.
+    All get one, unless there are more than ``MOST_NAMED``: then only those whose index label is in
+    ``kept``.
     """
     named = candidates
     if len(candidates) > MOST_NAMED:

@@ -255,7 +255,10 @@ def room(error: OSError) -> str:
 
 @contextmanager
 def placed(path: Path) -> Iterator[None]:
-    """Context manager that adds ``path`` to an OSError that names no file, as a failed write's."""
+    """Context manager that adds ``path`` to an OSError that names no file.
+
+    The error of a failed write, for instance, names none.
+    """
     try:
         yield
     except OSError as error:
@@ -469,7 +472,7 @@ class KeptFile(io.FileIO):
     """
 
     def piece(self, start: int, size: int) -> bytes:
-        """Read ``size`` bytes from byte ``start``; processes and threads may do so at a time."""
+        """Read ``size`` bytes from byte ``start``; several processes and threads may do so at once."""
         return os.pread(self.fileno(), size, start)
 
     def __del__(self) -> None:
