@@ -105,7 +105,10 @@ class Inputs:
         return "cuda" if on_gpu and torch.cuda.is_available() else "cpu"
 
     def states(self, split: Split) -> TeacherStates:
-        """Return the teacher's hidden states of a split and held-out rows; compute missing ones."""
+        """Return the teacher's hidden states of a split's rows and of the held-out rows.
+
+        Those that are not stored yet are computed.
+        """
         data, layers = self.data.select(split), self.target_layers
         settings, precision = self.states_settings, self.config.trainer.precision
         return open_states(self.teacher, data, layers, settings, self.device, precision)

@@ -86,7 +86,11 @@ def latency_table(config: LatencyConfig, console: Console | None = None) -> list
 
 
 def _picture(json: str) -> Path:
-    """Return the path of the picture beside a JSON file; check that both can be written."""
+    """Return the path of the picture beside the file ``json``.
+
+    Raises:
+        UserError: one of the two cannot be written.
+    """
     path = Path(json)
     picture = path.with_suffix(".png") if path.name else path
     if path == picture or path.is_dir() or picture.is_dir():
@@ -199,7 +203,13 @@ def _table(rows: list[dict[str, Any]]) -> Table:
 
 
 def _draw(rows: list[dict[str, Any]]) -> Figure:
-    """Draw medians with interquartile ranges: a line per model, backend and number of threads."""
+    """Return a figure of median latencies with their interquartile ranges, by batch and length.
+
+    It has a line for each model, backend and number of threads.
+
+    Args:
+        rows: the rows of the JSON file.
+    """
     shapes, names = list(dict.fromkeys(map(_shape, rows))), _names(rows)
     lines: dict[str, list[dict[str, Any]]] = {}
     for row in rows:

@@ -145,7 +145,7 @@ class Sample:
 
     @classmethod
     def take(cls, config: SearchConfig, folder: Path) -> "Sample":
-        """Take a few rows of the text and the task of a config: write them to a folder, load them."""
+        """Write a few rows of a config's text and task into ``folder``, and load them."""
         config = replace(config, trainer=replace(config.trainer, logger=None, callbacks=[]))
         num_bytes = 4 * min(MOST_TOKENS, MOST_STEPS * config.data.batch_tokens)
         small, sizes = with_few_rows(config, folder, MOST_ROWS, num_bytes, NUM_TASK_ROWS)

@@ -186,8 +186,8 @@ def load_student(source: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase
         tokenizer = AutoTokenizer.from_pretrained(source, **here)
         if missing := sorted(info["missing_keys"]):
             raise ValueError(
-                f"the weights lack {missing[0]!r} (and {len(missing) - 1} more): give a folder with "
-                "all of them"
+                f"the weights lack {missing[0]!r} (and {len(missing) - 1} more): give a folder "
+                "with all of them"
             )
         refuse_unused(str(source), info["unexpected_keys"])
         refuse_no_values(str(source), model)

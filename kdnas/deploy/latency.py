@@ -114,7 +114,10 @@ class LatencySettings:
         return [rows[size * place : size * (place + 1)] for place in range(num_batches)]
 
     def content(self) -> dict[str, str]:
-        """Return the hash of the file ``lengths`` as a dictionary; {} if no such file is given."""
+        """Return the hash of the file ``lengths``, as ``{"latency.lengths_sha256": hash}``.
+
+        Without such a file, return an empty dictionary.
+        """
         if not self.lengths:
             return {}
         return {"latency.lengths_sha256": file_sha256(Path(self.lengths))}

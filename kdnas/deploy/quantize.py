@@ -46,7 +46,7 @@ class Rows:
 def task_rows(
     task: LoadedTask, tokenizer: PreTrainedTokenizerBase, length: int, is_scored: bool = True
 ) -> Rows:
-    """Draw up to 256 training rows to choose an int8 graph on, and 2,000 validation rows.
+    """Draw rows of a task for the int8 graph: up to 256 training and 2,000 validation rows.
 
     Args:
         task: the task with its rows.
@@ -74,9 +74,13 @@ def task_rows(
 def text_rows(
     train: Sequence[str], held_out: Sequence[str], tokenizer: PreTrainedTokenizerBase, length: int
 ) -> Rows:
-    """Draw texts: up to 256 training texts to choose int8 on, and 256 held-out texts to report.
+    """Draw texts for the int8 graph: up to 256 training texts and 256 held-out texts.
 
-    Texts longer than ``length`` tokens are cut.
+    Args:
+        train: training texts, to calibrate and choose the graph.
+        held_out: held-out texts, to compare the graph with the float32 graph.
+        tokenizer: the student's tokenizer.
+        length: number of tokens at which texts are cut.
     """
 
     def batches(texts: Sequence[str]) -> list[Feed]:
@@ -92,7 +96,13 @@ def text_rows(
 
 
 def random_rows(config: PreTrainedConfig, names: Sequence[str], length: int) -> Rows:
-    """Make rows of random token ids, of 2 to ``length`` tokens, for a student without text."""
+    """Make rows of random token ids for the int8 graph, if there is no text.
+
+    Args:
+        config: config of the student.
+        names: inputs of the graph.
+        length: largest number of tokens in a row; the smallest is 2.
+    """
     drawn = np.random.default_rng(0).integers(2, length + 1, size=(16, 8)).tolist()
     batches = [
         {name: value.numpy() for name, value in random_batch(config, lengths, names, seed).items()}

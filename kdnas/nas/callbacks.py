@@ -134,7 +134,7 @@ class HoldStill(pl.Callback):
 
     @contextmanager
     def alone(self) -> Iterator[None]:
-        """Context manager that holds the lock for writing, so that nothing trains on this machine."""
+        """Context manager that holds the lock for writing, so that nothing trains here."""
         self.lock.release()
         with self.lock.write_lock():
             yield

@@ -63,7 +63,7 @@ class Record:
         return self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
 
     def ask(self) -> FrozenTrial:
-        """Return a new trial: its student shape is from ``first``, the queue or the sampler."""
+        """Return a new trial, with a shape from ``first``, the study's queue or the sampler."""
         if (arch := self._next_of_first()) is not None:
             self.study.enqueue_trial(arch.to_dict(), skip_if_exists=True)
         trial = self.study.ask()

@@ -49,9 +49,9 @@ def search(
     """Search until ``n_trials`` candidates are trained, time is up, or no shape is left.
 
     A candidate is a student of a new shape. If the sampler proposes a shape again, the new trial
-    gets a copy of the earlier result, and a shape that is not in the study is queued. If training a
-    candidate raises an error, its trial fails with the reason. Unfinished trials of a killed search
-    are continued under their numbers.
+    gets a copy of the earlier result, and a shape that is not in the study is queued instead. If
+    training a candidate raises an error, its trial fails with the reason. Unfinished trials of a
+    killed search are continued under their numbers.
 
     Args:
         study: study from ``open_study``.

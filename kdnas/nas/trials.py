@@ -220,7 +220,10 @@ def in_words(trial: FrozenTrial) -> str:
 
 
 def reason_in(attrs: Mapping[str, Any]) -> str | None:
-    """Return why a trial was not trained to the end; None: it was, or it is still running."""
+    """Return why a trial was not trained to the end, given its user attributes ``attrs``.
+
+    None: it was trained to the end, or it is still running.
+    """
     if "twin_of" in attrs:
         return f"same shape as trial {attrs['twin_of']}"
     return attrs.get("refused") or attrs.get("stopped_early") or attrs.get("failed")
@@ -247,7 +250,7 @@ def line(trial: FrozenTrial) -> str:
 
 
 def has_spread(trial: FrozenTrial, *whose: str) -> bool:
-    """Whether a trial's latency was unsteady: interquartile range over a tenth of the median.
+    """Whether a trial's latency was unsteady: its interquartile range is over 10 % of its median.
 
     Args:
         trial: a trial whose latency was measured.

@@ -472,7 +472,7 @@ class KeptFile(io.FileIO):
     """
 
     def piece(self, start: int, size: int) -> bytes:
-        """Read ``size`` bytes from byte ``start``; several processes and threads may do so at once."""
+        """Read ``size`` bytes from byte ``start``; several processes may do so at once."""
         return os.pread(self.fileno(), size, start)
 
     def __del__(self) -> None:

@@ -89,7 +89,8 @@ def _read(path: Path) -> dict[str, Any]:
     files = values.get("files") if isinstance(values, dict) else None
     if not isinstance(files, dict) or not all(isinstance(entry, dict) for entry in files.values()):
         raise UserError(
-            f"{str(path)!r} is not a manifest of kdnas, since it lists no files: give another folder."
+            f"{str(path)!r} is not a manifest of kdnas, since it lists no files: give another "
+            "folder."
         )
     return dict(values)
 

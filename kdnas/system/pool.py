@@ -40,7 +40,8 @@ def warm_up(module: str | None = None) -> None:
     """Start the fork server, from which the processes of pools are forked.
 
     The fork server blocks the signals in ``TERMINATIONS``: terminals and schedulers send these to
-    the whole process group, but only the main process decides what to do. Its output is discarded.
+    the whole process group, but only the main process decides what to do. What the fork server
+    prints is discarded.
 
     Args:
         module: name of a module that the fork server imports first, so that forked processes need
@@ -87,9 +88,9 @@ def make_pool(num_slots: int, own_gpu: bool = True) -> Any:
 def usual_slots(accelerator: str) -> int:
     """Return the default number of parallel jobs: one per GPU or, without a GPU, one per core.
 
-    Without a GPU at most ``MOST_SLOTS``. Parallel jobs of one thread get more done than one job of
-    several threads (LOG.md), but with more jobs a sampler would know fewer results when it proposes
-    the next candidate, and memory might run out.
+    Without a GPU it is at most ``MOST_SLOTS``. Parallel jobs of one thread get more done than one
+    job of several threads (see LOG.md). But with more jobs a sampler would know fewer results when
+    it proposes the next candidate, and memory might run out.
 
     Args:
         accelerator: accelerator of Lightning's Trainer, such as ``auto`` or ``cpu``.
