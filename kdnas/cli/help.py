@@ -20,7 +20,10 @@ _TWO_SCREENS = 60  # lines
 
 
 def short_page(command: str) -> str:
-    """Return the help page of a command; if it is longer than two screens, only the page's head."""
+    """Return the help page of a command.
+
+    If the page is longer than two screens, return its head and how to see the rest.
+    """
     whole = page(command)
     if whole.count("\n") <= _TWO_SCREENS:
         return whole

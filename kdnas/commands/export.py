@@ -272,7 +272,15 @@ def push(folder: Path, repo: str) -> str:
 
 
 def export_run(run: Run, make_rows: MakeRows) -> dict[str, Any]:
-    """Export a run's student into its folder ``student/``; return ``export_student``'s report."""
+    """Export the student of a run into the run's folder ``student/``.
+
+    Args:
+        run: the run.
+        make_rows: makes, from a tokenizer, the rows for the checks of the int8 graph.
+
+    Returns:
+        The results of the checks, as from ``export_student``.
+    """
     source, card = _source_of(run), _run_card(run)
     return export_student(source, run.student, card=card, make_rows=make_rows)
 

@@ -218,7 +218,7 @@ class Fit:
     is_of_grid: bool
 
     def line(self) -> dict[str, Any]:
-        """Return this fine-tuning's line for ``runs.jsonl``, once it is finished."""
+        """Return the dictionary that ``runs.jsonl`` has for this finished fine-tuning."""
         kind = "grid" if self.is_of_grid else "run"
         head = {"kind": kind, "model": self.contender.name, "folder": str(self.job.folder)}
         return head | dict(read_json(self.job.result_file))
@@ -429,11 +429,14 @@ class Comparison:
         return rows
 
     def measure_rows(self, rows: Mapping[str, dict[str, Any]], score: str) -> None:
-        """Add latency, speed-up, number of parameters and the share of the first score to each row.
+        """Measure the latency of all contenders, and add it to their rows of the table.
+
+        Also added are the speed-up, the number of parameters, and ``share_kept``, the row's score
+        divided by that of the first contender.
 
         Args:
             rows: a row for each contender, by its name; changed in place.
-            score: the key of a row's score, from which ``share_kept`` is computed.
+            score: the key of a row's score.
         """
         num_labels, distinct = self.tasks[0].task.num_labels, self._plain()
         with own_random_numbers():

@@ -296,7 +296,10 @@ def value_of(config: RunConfig, name: str) -> Any:
 
 
 def with_values(config: RunConfig, values: dict[str, Any]) -> RunConfig:
-    """Return the config with some settings changed, by their names in YAML."""
+    """Return the config with other ``values`` of some settings.
+
+    ``values`` maps their names in YAML, such as ``data.fraction``, to the new values.
+    """
     for name, value in values.items():
         part, _, last = name.rpartition(".")
         changed = replace(getattr(config, part), **{last: value}) if part else value

@@ -121,7 +121,10 @@ class Inputs:
 
     @cached_property
     def bench(self) -> Bench:
-        """What all candidates share; the teacher's missing hidden states are computed first."""
+        """What all candidates share: teacher, data, settings and budget.
+
+        Hidden states of the teacher that are not stored yet are computed first.
+        """
         search = self.config.search
         return Bench(
             teacher=self.teacher,
@@ -258,7 +261,7 @@ def check_place(config: SearchConfig) -> Run:
     Nothing is written.
 
     Returns:
-        The run.
+        The paths of the run.
 
     Raises:
         UserError: a folder is not writable, or the run was started with another config.

@@ -60,7 +60,7 @@ EXPORT_SECONDS = 30.0
 
 @dataclass(frozen=True)
 class Stage:
-    """Expected upper bounds for one stage of a run: seconds, bytes on disk, bytes of memory."""
+    """Upper bounds of what a stage of a run will need: seconds, disk space and memory."""
 
     name: str
     seconds: float
@@ -202,7 +202,7 @@ class Looks(NamedTuple):
     seconds: float  # for one measurement
 
     def ends(self) -> list[StudentArch]:
-        """Return the fastest and the slowest student within the budget; if equal, only one."""
+        """Return the fastest and the slowest student within the budget, or one if they are equal."""
         archs = list(self.within)
         return list(dict.fromkeys([archs[0], archs[-1]]))
 
@@ -218,7 +218,9 @@ class Finetuning(NamedTuple):
 
 @dataclass(frozen=True)
 class Measured:
-    """What was measured on a few rows; ``plan`` estimates from it any number of rows and epochs.
+    """What was measured on a few rows of a search's or a run's text and task.
+
+    From this, ``plan`` estimates what any number of rows and epochs needs.
 
     Args:
         sizes: numbers of rows of the whole text and task.
@@ -261,7 +263,7 @@ class Measured:
     gpu_bytes: int
 
     def tokens_of(self, config: SearchConfig) -> tuple[float, float]:
-        """Return the numbers of training tokens, and of held-out tokens that are scored."""
+        """Return how many training tokens a config uses, and how many held-out tokens it scores."""
         train, held_out = (config.data.fraction * tokens for tokens in self.tokens)
         return train, min(held_out, HELD_OUT_TOKENS)
 

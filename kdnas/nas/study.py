@@ -66,7 +66,8 @@ def patiently(attempt: Callable[[], T], storage: str | Path) -> T:
                 log.warning("The study's database does not answer (%s); waiting for it.", reason)
             if _is_of_disk(error) or now > first + PATIENCE_SECONDS:
                 raise StoreAway(
-                    f"The study's database {shown!r} cannot be used ({reason})"
+                    f"The study's database {shown!r} cannot be used ({reason}): check its server "
+                    "or its disk"
                 ) from error
         time.sleep(min(5.0, 0.5 + (now - first) / 4))
 

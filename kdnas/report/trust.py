@@ -42,7 +42,9 @@ def checks(
     exported: Mapping[str, Any] | None,
     budget: Budget = Budget(),
 ) -> list[Check]:
-    """Return checks of whether a run's figures agree with each other, as far as they exist.
+    """Return checks of whether a run's figures agree with each other.
+
+    Figures that do not exist yet are not checked.
 
     Args:
         frame: the trials, as from ``trials_frame``.

@@ -143,7 +143,7 @@ class Engine:
         except CancelledError:  # we cancel nothing: Dask does when its scheduler is gone
             raise OSError(
                 "the executor's scheduler has stopped, so its running jobs are lost: start the "
-                "scheduler again and repeat the command, which resumes"
+                "scheduler again"
             ) from None
         return JobDied(_death(error)) if type(error).__name__ in DEATHS else error
 
