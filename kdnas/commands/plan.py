@@ -202,7 +202,7 @@ class Looks(NamedTuple):
     seconds: float  # for one measurement
 
     def ends(self) -> list[StudentArch]:
-        """Return the fastest and the slowest student within the budget, or one if they are equal."""
+        """Return the fastest and the slowest student within the budget; one, if they are equal."""
         archs = list(self.within)
         return list(dict.fromkeys([archs[0], archs[-1]]))
 
