@@ -90,8 +90,11 @@ class AttentionRelations(Objective):
 
     def teacher_layers(self, num_student_layers: int, num_teacher_layers: int) -> set[int]:
         if not -num_teacher_layers <= self.layer < num_teacher_layers:
-            there = f"the teacher has {num_teacher_layers} layers"
-            raise UserError(f"AttentionRelations: layer is {self.layer}, {there}.")
+            raise UserError(
+                f"AttentionRelations: layer is {self.layer}, but the teacher has "
+                f"{num_teacher_layers} layers: give a number from {-num_teacher_layers} to "
+                f"{num_teacher_layers - 1}."
+            )
         return {self.layer % num_teacher_layers - 1}
 
     def criterion(self, student: PreTrainedModel, teacher: PreTrainedModel) -> Criterion:
