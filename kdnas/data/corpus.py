@@ -190,9 +190,10 @@ def _check_splits(text: str, splits: SplitArray) -> None:
 
 
 def shares(hashes: HashArray, seed: int) -> npt.NDArray[np.float64]:
-    """Return a number in [0, 1) per row, from its hash and the seed; the lowest are held out.
+    """Return for each row a number in [0, 1), which the row's hash and the seed determine.
 
-    All hashes form a circle, which the seed rotates; the number is the row's position on it.
+    The rows with the lowest numbers are held out. All hashes form a circle, which the seed rotates;
+    the number is the row's position on it.
     """
     turned = hashes - np.random.default_rng(seed).integers(2**64, dtype=np.uint64)  # modulo 2**64
     return (turned >> np.uint64(11)) / 2**53
@@ -222,9 +223,10 @@ def draw_held_out(
 
 
 def next_on_circle(splits: SplitArray, hashes: HashArray) -> IntArray:
-    """Return for each row the row of the same split with the next higher hash, to make pairs.
+    """Return for each row the number of another row with which it can form a pair.
 
-    The row with the highest hash of a split is followed by the one with the lowest.
+    This is the row of the same split with the next higher hash. The row with the highest hash of a
+    split is followed by the one with the lowest.
 
     Args:
         splits: the value of the source's column ``split`` for each row, as an index into

@@ -65,7 +65,10 @@ class Batch(TypedDict):
 
 
 def located(batch: Batch) -> Batch:
-    """Add to a batch the indices of its real tokens and pairs, so that a GPU need not be synced."""
+    """Return a copy of a batch, with the indices of its real tokens and of its pairs.
+
+    A GPU that gets the batch then need not be synced to find them.
+    """
     return {**batch, "real_tokens": real_tokens(batch), "pairs": pairs(batch)}
 
 
@@ -172,10 +175,10 @@ def join_pieces(
 
 
 def is_whole(folder: Path, has_lock: bool = False) -> bool:
-    """Return whether a folder of tokenised rows is complete, undamaged and unrenamed.
+    """Return whether a folder of tokenised rows is complete, undamaged and not renamed.
 
-    Files that changed since they were last hashed are hashed again if the caller holds the folder's
-    lock (``has_lock``). Without the lock, the result is then False.
+    If files changed since they were last hashed, they must be hashed again. This is done only if
+    the caller holds the folder's lock (``has_lock``); otherwise the result is False.
     """
     about, checked = _read_about(folder), folder / "checked.json"
     if about is None or about["key"] != folder.name:

@@ -348,10 +348,10 @@ class HiddenStateDistillModule(ClipFusedGradients):
         return batch["texts"], view.pooled(view.mask_BT)
 
     def _held_out_metrics(self) -> tuple[dict[str, float], dict[str, float]]:
-        """Return two dictionaries of held-out metrics: of the student, and of parts of its loss.
+        """Return two dictionaries of held-out metrics: of the student, and of parts of the loss.
 
-        The first has ``loss``, ``contextual_share`` and ``sentence_r2``, the second the errors of
-        each loss term and on each teacher layer.
+        The first has ``loss``, ``contextual_share`` and ``sentence_r2``. The second has the errors
+        of each loss term and on each teacher layer.
 
         Raises:
             CandidateFailed: the loss is not finite.
@@ -365,8 +365,8 @@ class HiddenStateDistillModule(ClipFusedGradients):
             )
         if not counts.any():
             raise UserError(
-                "The held-out rows have nothing that the loss can compare (a loss on sentence pairs "
-                "needs pairs): give more text, or longer rows."
+                "The held-out rows have nothing that the loss can compare (a loss on sentence "
+                "pairs needs pairs): give more text, or longer rows."
             )
         metrics = {"loss": self._held_out_loss(means, counts), **self._probe_metrics()}
         for metric in (self.val_errors, self.token_probe, self.sentence_probe):
@@ -392,10 +392,10 @@ class HiddenStateDistillModule(ClipFusedGradients):
         return {"contextual_share": share, "sentence_r2": r2}
 
     def _term_metrics(self, means: list[float]) -> dict[str, float]:
-        """Return metrics of each loss term, and of each teacher layer that a term learns, by name.
+        """Return metrics of each loss term, and of each teacher layer that a term learns.
 
-        A term has its mean error. A layer has the lowest mean error of its terms, and the R^2 and
-        the contextual share that follow from this error.
+        The result maps names to numbers. A term has its mean error. A layer has the lowest mean
+        error of its terms, and the R^2 and the contextual share that follow from this error.
 
         Args:
             means: mean error of each loss term.

@@ -228,7 +228,7 @@ def _embedded(model: PreTrainedModel, rows: Sequence[Batch]) -> tuple[Tensor, Te
 
     Returns:
         The inputs of the embeddings' layer norm, and the outputs of the embeddings. Each is a
-        tensor with one vector for each real token of the rows, (N, width).
+        tensor (N, width) of the N real tokens of the rows.
     """
     before: list[Tensor] = []
     with embedding_norm(model).register_forward_hook(
@@ -245,7 +245,7 @@ def _embedded(model: PreTrainedModel, rows: Sequence[Batch]) -> tuple[Tensor, Te
 class _LayerRun(NamedTuple):
     """Intermediate results of one teacher layer on the calibration rows.
 
-    Each is a tensor with one vector per token, except ``activity``, which has one number per neuron.
+    Each tensor has one vector per token, except ``activity``, which has one number per neuron.
     """
 
     query: Tensor
@@ -827,7 +827,10 @@ class _Positions(_Narrowing):
         return self._fit(own, inputs, targets[:num_tokens], num_heads)
 
     def _positions(self, model: PreTrainedModel, num_tokens: int) -> Tensor:
-        """Return a model's relative position embeddings, repeated to about ``num_tokens`` vectors."""
+        """Return a model's relative position embeddings.
+
+        The table of embeddings is repeated, so that it has about ``num_tokens`` vectors.
+        """
         table: Tensor = self._encoder(model).get_rel_embedding()
         return table.repeat(max(1, num_tokens // len(table)), 1)
 
@@ -1076,7 +1079,10 @@ def fit_linear(
 
 
 def _best_factors(left: Tensor, right: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Return a and b, with at most ``rank`` columns, for which ``a b^T`` is nearest ``left right^T``."""
+    """Return two factors of at most ``rank`` columns whose product is nearest ``left right^T``.
+
+    The product of factors a and b is ``a b^T``.
+    """
     if left.shape[-1] <= rank:
         return left, right
     _, left_root = torch.linalg.qr(left)
