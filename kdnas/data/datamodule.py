@@ -407,10 +407,10 @@ class KDDataModule(ResumableDataModule):
     def _parts(self) -> tuple[IntArray, IntArray]:
         """Return the numbers of the training rows and of the held-out rows, each in a random order.
 
-        The order is by ``shares``, a hash in [0, 1). Rows whose split the source gives are spread
-        evenly among the others. If rows are paired, the last of the training rows and the last of
-        the held-out rows can have a partner of the other kind. So each is left out, unless it is
-        the only one of its kind.
+        The order is that of the numbers that ``shares`` returns. Rows whose split the source gives
+        are spread evenly among the others. If rows are paired, the last of the training rows and
+        the last of the held-out rows can have a partner of the other kind. So each is left out,
+        unless it is the only one of its kind.
         """
         rows, settings = self.rows, self.settings
         place = shares(rows.hashes, settings.seed)
@@ -433,7 +433,10 @@ class KDDataModule(ResumableDataModule):
         return parts[0], parts[1]
 
     def train_ids(self) -> IntArray:
-        """Return the numbers of the training rows: all of them, or for ``mini`` a seeded draw."""
+        """Return the numbers of the training rows.
+
+        For ``full`` these are all of them, for ``mini`` a share that the seed draws.
+        """
         train, _ = self._parts
         share = 1.0 if self.split == "full" else self.settings.mini_fraction
         return np.sort(train[: max(1, round(share * len(train)))])

@@ -92,19 +92,21 @@ def narrow(
 ) -> tuple[tuple[int, ...], ...]:
     """Initialise a student's embeddings and layers from its teacher's, by least squares.
 
-    Each student layer is made from one teacher layer, chosen by ``kept_layers``. It replaces that
-    teacher layer and the left-out layers that follow it. Let x be the teacher's hidden states. B,
-    (H_t, H_s), holds the principal components of x after the embeddings and after each replaced
-    group of layers, rotated so that a layer norm, which removes the mean, loses nothing. The
-    student's hidden states z shall equal ``B^T x``.
+    Each student layer is made from one teacher layer, chosen by ``kept_layers``. It replaces a
+    group: this teacher layer and the left-out layers that follow it. Let x be the teacher's hidden
+    states, and B, (H_t, H_s), the first principal components of x after the embeddings and after
+    each group. They are rotated so that nothing is lost when a layer norm removes the mean. The
+    student's hidden states z should equal ``B^T x``.
 
-    Student layers are fitted in order. The query, key and value maps are the ridge regression on z
-    of the teacher's queries, keys and values, for the teacher heads that change x most. The output
-    maps of attention and of the feed-forward part are the ridge regression of ``sigma B^T norm(x) -
-    z``, where sigma is the standard deviation in the teacher's layer norm. Layer norms get a scale
-    and a shift for each dimension. The feed-forward output map is fitted to x after the replaced
-    group, so it also replaces the left-out layers as far as a linear map can. Families other than
-    BERT differ in some steps (``_STEPS``).
+    Student layers are fitted in order, each on the z that the layers before it give. All linear
+    maps are fitted by ridge regression. The targets of the query, key and value maps are the
+    teacher's queries, keys and values, of the heads that change x most. The target of the output
+    maps of attention and feed-forward part is ``sigma B^T norm(x) - z``, where sigma is the
+    standard deviation by which the teacher's layer norm divides: then the student's layer norm
+    gives nearly ``B^T norm(x)``. The scale and shift of layer norms are fitted for each dimension.
+    In the target of the feed-forward output map, x is taken after the group, so the map also
+    replaces the left-out layers, as far as a linear map can. Families other than BERT differ in
+    some steps (``_STEPS``).
 
     If the student is as wide as its teacher, B is the identity, the kept heads and neurons are
     copied, and least squares correct each copied map.
@@ -493,7 +495,10 @@ class _Narrowing:
         return _fit_norm(norm, z, target)
 
     def _outputs(self, neurons: Tensor) -> Tensor:
-        """Return which outputs of the first feed-forward map belong to these neurons: indices."""
+        """Return the indices of these neurons among the outputs of the first feed-forward map.
+
+        A neuron with a gate has two outputs.
+        """
         return neurons
 
     def _activate(self, inner: Tensor, hidden_act: str) -> Tensor:
@@ -918,7 +923,7 @@ class _NormFirst(_Narrowing):
     def _places(self, size: int, their_size: int) -> Tensor:
         """Return, for each dimension of a teacher's head, its index in a student's head.
 
-        It is the index of the dimension that rotates most alike from token to token.
+        It is the index of the dimension with the nearest rotation per token.
 
         Args:
             size: size of a student's head.

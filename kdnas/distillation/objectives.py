@@ -224,7 +224,7 @@ def needed_layers(
 
 
 class HiddenStates(Objective):
-    """Mean squared error of projected student to teacher hidden states, as in the original KD-NAS.
+    """Mean squared error between projected student and teacher hidden states, as in KD-NAS.
 
     ``mean_ij mean_n |W_ij h_i(n) - t_j(n)|^2 / (H_t var_j)`` over pairs of a student layer i and a
     teacher layer j that it learns from, and over real tokens n. h_i and t_j are hidden states of

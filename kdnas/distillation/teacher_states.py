@@ -304,7 +304,7 @@ def build_share(
 def is_missing(cache: StateCache, data: KDDataModule, settings: StatesSettings) -> bool:
     """Return whether ``open_states`` has to compute and store hidden states that are needed.
 
-    It has not if all are stored, or if they exceed ``max_gb``: then none are stored.
+    False if all are stored already, or if they exceed ``max_gb``, so that none are stored.
     """
     row_ids = _needed(data)
     is_within = cache.num_bytes(row_ids) / 1e9 <= settings.max_gb

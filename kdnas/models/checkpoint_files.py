@@ -112,7 +112,10 @@ def check_files(name: str, folder: Path) -> Shapes:
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    """Return the weight files that transformers would read: one, or the shards of an index."""
+    """Return the weight files of a folder that transformers would read.
+
+    They are one file, or the shards that an index lists, or [] if there are none.
+    """
     for whole in (SAFE, PICKLED):
         if os.path.isfile(folder / whole):
             return [folder / whole]
