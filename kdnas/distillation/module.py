@@ -238,7 +238,7 @@ class HiddenStateDistillModule(ClipFusedGradients):
     def begin(self, data: KDDataModule) -> None:
         """Initialise the student, and then the parameters of the loss.
 
-        Both are fitted to training rows of ``data``. A second call does nothing.
+        Both can be fitted to training rows of ``data``. A second call does nothing.
         """
         if self.started is not None:
             return

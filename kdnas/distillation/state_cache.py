@@ -226,10 +226,10 @@ class StateCache:
         share: int,
         num_shares: int,
     ) -> None:
-        """Compute one of several processes' shares of the missing shards.
+        """Compute a share of the missing shards, while other processes compute the other shares.
 
-        A process takes every ``num_shares``-th shard. The process that starts these processes must
-        hold the folder's ``lock`` file, and call ``build`` after they end.
+        A share is every ``num_shares``-th shard. The process that starts these processes must hold
+        the folder's ``lock`` file, and call ``build`` after they end.
 
         Args:
             teacher: function from a batch to the hidden states (N, H) of each stored layer.

@@ -409,7 +409,7 @@ def _stats(
 
     The prediction is a linear map from the embedding output. It is fitted on about ``STATS_TOKENS``
     tokens of the training rows of the ``mini`` split, and its error is measured on as many tokens
-    of the held-out rows.
+    of the held-out rows. The result maps each layer to its ``LayerStats``.
     """
     embedded, states = [], []
     for ids in (data.select("mini").train_ids(), data.held_out_ids()):

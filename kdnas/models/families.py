@@ -87,9 +87,10 @@ def _albert_layers(model: Any) -> list[nn.Module]:
 
 
 def _mpnet_scores(model: Any, layer: int, query: Tensor, key: Tensor) -> Tensor:
-    """Return MPNet's attention scores, which include a bias for each head and distance of tokens.
+    """Return MPNet's attention scores, which include a position bias.
 
-    All layers have the same biases.
+    The bias depends on the head and on the distance between the tokens; it is the same in all
+    layers.
     """
     bias = model.encoder.compute_position_bias(query[:, 0])
     return dot_scores(query, key) + bias.to(query.dtype)
