@@ -125,8 +125,8 @@ def load_corpus(
 
     Raises:
         UserError: the source is missing, unreadable, truncated or not UTF-8, lacks the column,
-            holds a value that is not text or a forbidden character, has fewer than two usable
-            rows, or has less than 1 % usable rows.
+            holds a value that is not text, or text with a forbidden character, has fewer than
+            two usable rows, or has less than 1 % usable rows.
     """
     sizes, hashes, splits = array("q"), array("Q"), bytearray()
     num_empty, num_skipped, num_kept = 0, 0, [0] * len(SPLITS)

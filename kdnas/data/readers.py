@@ -87,9 +87,9 @@ def text_sha256(text: str, column: str, known: Path) -> str:
 
 
 def _file_hashes(text: str, files: Sequence[Path], known: Path) -> dict[str, list[Any]]:
-    """Return a dictionary from the resolved path of each file to its size, time and hash.
+    """Return a dictionary from each file's resolved path to its size, modification time and hash.
 
-    The JSON file ``known`` caches them; files that changed since are hashed again.
+    The JSON file ``known`` caches them; files that have changed are hashed again.
 
     Args:
         text: the source, for messages.
@@ -289,11 +289,13 @@ def _batches(path: Path, file: pq.ParquetFile, names: list[str]) -> Iterator[pa.
     unpacked = sum(group.total_byte_size for group in groups)
     if unpacked > max(MUCH, MOST_UNPACKED * packed):
         raise ValueError(
-            f"the file has {packed:,} bytes but would unpack to {unpacked:,}, too many for its size"
+            f"the file has {packed:,} bytes but would unpack to {unpacked:,}, which is refused as "
+            "a zip bomb: write it with less compression"
         )
     if metadata.num_rows * BYTES_A_ROW > max(MUCH_IN_ALL, 10 * MOST_UNPACKED * packed):
         raise ValueError(
-            f"the file has {packed:,} bytes but {metadata.num_rows:,} rows, too many for its size"
+            f"the file has {packed:,} bytes but {metadata.num_rows:,} rows, which is refused as a "
+            "zip bomb: write it with less compression"
         )
     num_rows, num_bytes = PARQUET_ROWS, 0
     if unpacked > 20 * packed:  # a value that is stored once may be in each row
@@ -302,8 +304,8 @@ def _batches(path: Path, file: pq.ParquetFile, names: list[str]) -> Iterator[pa.
         num_bytes += batch.nbytes
         if num_bytes > max(MUCH_IN_ALL, MOST_UNPACKED * packed):
             raise ValueError(
-                f"the file has {packed:,} bytes but its first rows unpack to {num_bytes:,}, too "
-                "many for its size"
+                f"the file has {packed:,} bytes but its first rows unpack to {num_bytes:,}, which "
+                "is refused as a zip bomb: write it with less compression"
             )
         yield batch
 

@@ -67,7 +67,7 @@ class Batch(TypedDict):
 def located(batch: Batch) -> Batch:
     """Return a copy of a batch, with the indices of its real tokens and of its pairs.
 
-    A GPU that gets the batch then need not be synced to find them.
+    They are found on the CPU, because to find them on a GPU means to wait for it.
     """
     return {**batch, "real_tokens": real_tokens(batch), "pairs": pairs(batch)}
 

@@ -58,12 +58,19 @@ class StudentArch:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the fields as plain values, which torch.load reads with ``weights_only=True``."""
+        """Return a dictionary of the fields.
+
+        It has only plain values, so that torch.load reads it with ``weights_only=True``.
+        """
         return asdict(self)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "StudentArch":
-        """Make a StudentArch from the result of ``to_dict``; refuse unknown or missing fields."""
+        """Make a StudentArch from a dictionary that ``to_dict`` returned.
+
+        Raises:
+            UserError: a field is unknown, a size is missing, or a value is wrong.
+        """
         names = [*_SIZES, "hidden_act"]
         for name in values:
             if name not in names:

@@ -81,9 +81,9 @@ def own_precision() -> Iterator[None]:
 
 
 def _seconds(num_rounds: int = 7) -> dict[torch.dtype, float]:
-    """Return how many seconds a linear layer takes in each precision.
+    """Return a dictionary from each precision to the seconds that a linear layer takes in it.
 
-    It is the least of ``num_rounds`` measurements, so that other work on the machine hardly
+    They are the least of ``num_rounds`` measurements, so that other work on the machine hardly
     matters.
     """
     with torch.random.fork_rng(devices=[]):
@@ -102,9 +102,9 @@ def _time(x: torch.Tensor, weight: torch.Tensor) -> float:
 
 
 def autocast(device_type: str, precision: str = "auto") -> torch.autocast:
-    """Return an autocast context in which matrix products have the faster precision.
+    """Return a context in which matrix products have the dtype that ``autocast_dtype`` gives.
 
-    ``autocast_dtype`` chooses it by the same arguments.
+    Both functions take the same arguments.
     """
     is_enabled = autocast_dtype(device_type, precision) == torch.bfloat16
     return torch.autocast(device_type, dtype=torch.bfloat16, enabled=is_enabled)
@@ -123,7 +123,10 @@ def autocast_dtype(device_type: str, precision: str = "auto") -> torch.dtype:
 
 
 def trainer_precision(accelerator: str) -> str:
-    """Return a Trainer's ``precision`` that is faster on an accelerator: bf16-mixed or 32-true."""
+    """Return the ``precision`` of a Trainer that is faster: ``bf16-mixed`` or ``32-true``.
+
+    ``accelerator`` is that of the Trainer, such as ``cpu`` or ``auto``.
+    """
     if accelerator == "auto" and not torch.accelerator.is_available():
         accelerator = "cpu"
     return "bf16-mixed" if bf16_is_faster(accelerator) else "32-true"
