@@ -202,7 +202,9 @@ def shares(hashes: HashArray, seed: int) -> npt.NDArray[np.float64]:
 def draw_held_out(
     splits: SplitArray, shares: npt.NDArray[np.float64], fraction: float
 ) -> npt.NDArray[np.bool_]:
-    """Return for each row whether it is held out; at least one row is, and at least one is not.
+    """Return an array that is True for the rows to hold out, and False for the others.
+
+    It has at least one True and at least one False.
 
     Args:
         splits: the value of the source's column ``split`` for each row, as an index into

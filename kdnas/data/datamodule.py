@@ -178,7 +178,9 @@ class KDDataModule(ResumableDataModule):
         return self._rows
 
     def setup(self, stage: str | None = None) -> None:
-        """Open the tokenised text; if it does not exist, one process makes it and the others wait.
+        """Open the tokenised text, which is made first if it does not exist.
+
+        One process makes it while the others wait.
 
         Raises:
             UserError: the text or the teacher cannot be used, or ``max_length`` is more than the
@@ -248,9 +250,10 @@ class KDDataModule(ResumableDataModule):
             raise
 
     def _make(self, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Write the tokenised rows into ``folder``; work of a killed process is continued.
+        """Write the tokenised rows into ``folder``.
 
-        Other processes that call this wait until the rows are written.
+        If an earlier call was killed, its work is continued. Other processes that call this wait
+        until the rows are written.
         """
         lock = self.folder / f"{folder.name}.lock"
         pieces = self.folder / f"{folder.name}.pieces"

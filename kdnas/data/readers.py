@@ -127,7 +127,7 @@ def _readable(text: str) -> Iterator[None]:
 
 
 def _files(text: str) -> list[Path] | None:
-    """Return the files of a text source; None: the source is a data set on the hub."""
+    """Return the files of a text source, or None if the source is a data set on the hub."""
     kinds = ", ".join(_READERS)
     suffix = Path(text).suffix.lower()
     if os.path.isfile(text):

@@ -196,7 +196,7 @@ def _stamps(folder: Path) -> dict[str, list[int]]:
 
 
 def _read_about(folder: Path) -> dict[str, Any] | None:
-    """Return the content of ``about.<hash>.json``; None if the file is missing or damaged."""
+    """Return the content of ``about.<hash>.json``, or None if the file is missing or damaged."""
     for path in folder.glob("about.*"):
         if path.name == _about(content := path.read_bytes().decode(errors="replace")):
             about = dict(json.loads(content))

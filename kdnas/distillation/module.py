@@ -117,7 +117,10 @@ class Recipe:
 
 @cache
 def _on_device(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return the values as a tensor on the device; it is cached, so do not change it in place."""
+    """Return a tensor of the values on a device.
+
+    It is cached, so do not change it in place.
+    """
     with torch.inference_mode(False):  # a cached inference tensor could not enter autograd later
         return torch.tensor(values, dtype=dtype, device=device)
 

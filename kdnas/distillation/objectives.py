@@ -28,7 +28,9 @@ from kdnas.system.errors import UserError
 
 
 class View:
-    """The hidden states and attention of one model on a batch; layer -1 is the embedding output.
+    """The hidden states and attention of one model on a batch.
+
+    Layers are numbered from 0; layer -1 is the embedding output.
 
     Args:
         model: the model that computed the hidden states.

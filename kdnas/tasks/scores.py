@@ -65,7 +65,7 @@ class _Pearson(Metric):
 
 
 class _Spearman(_Pearson):
-    """Spearman's rho: Pearson's r of the ranks; equal values share their mean rank."""
+    """Spearman's rho: Pearson's r of the ranks, where equal values share their mean rank."""
 
     def _values(self, values: Tensor) -> Tensor:
         _, inverse, counts = values.unique(return_inverse=True, return_counts=True)
@@ -83,9 +83,10 @@ METRICS: Mapping[str, Callable[[Task], Metric]] = {
 
 
 def make_metrics(task: Task) -> MetricCollection:
-    """Return a task's metrics by name; undefined values (such as a constant's correlation) are 0.0.
+    """Return a dictionary from the names of a task's metrics to the metrics.
 
-    The metrics take predictions (N,) and targets (N,): class ids, or numbers for a regression.
+    They take predictions (N,) and targets (N,): class ids, or numbers for a regression. A metric
+    that is undefined, such as the correlation of a constant, is 0.0.
     """
     return MetricCollection(
         {name: METRICS[name](task) for name in task.metrics}, compute_groups=False

@@ -353,7 +353,7 @@ def load_labelled(
 
 
 def _class_names(table: pa.Table, column: str) -> list[str]:
-    """Return the class names of a ``datasets.ClassLabel`` column; [] for any other column."""
+    """Return the class names of a ``datasets.ClassLabel`` column, or [] for any other column."""
     if b"huggingface" not in (table.schema.metadata or {}):
         return []
     from datasets import ClassLabel, Features

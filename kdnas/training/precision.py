@@ -133,5 +133,5 @@ def trainer_precision(accelerator: str) -> str:
 
 
 def gpu_name() -> str | None:
-    """Return the name of the current CUDA device; None: there is none."""
+    """Return the name of the current CUDA device, or None if there is none."""
     return torch.cuda.get_device_name() if torch.cuda.is_available() else None
