@@ -290,12 +290,12 @@ def _batches(path: Path, file: pq.ParquetFile, names: list[str]) -> Iterator[pa.
     if unpacked > max(MUCH, MOST_UNPACKED * packed):
         raise ValueError(
             f"the file has {packed:,} bytes but would unpack to {unpacked:,}, which is refused as "
-            "a zip bomb: write it with less compression"
+            "a zip bomb: write it without compression and dictionaries"
         )
     if metadata.num_rows * BYTES_A_ROW > max(MUCH_IN_ALL, 10 * MOST_UNPACKED * packed):
         raise ValueError(
             f"the file has {packed:,} bytes but {metadata.num_rows:,} rows, which is refused as a "
-            "zip bomb: write it with less compression"
+            "zip bomb: remove empty and repeated rows"
         )
     num_rows, num_bytes = PARQUET_ROWS, 0
     if unpacked > 20 * packed:  # a value that is stored once may be in each row
@@ -305,7 +305,7 @@ def _batches(path: Path, file: pq.ParquetFile, names: list[str]) -> Iterator[pa.
         if num_bytes > max(MUCH_IN_ALL, MOST_UNPACKED * packed):
             raise ValueError(
                 f"the file has {packed:,} bytes but its first rows unpack to {num_bytes:,}, which "
-                "is refused as a zip bomb: write it with less compression"
+                "is refused as a zip bomb: write it without compression and dictionaries"
             )
         yield batch
 

@@ -262,7 +262,8 @@ def load_task_teacher(source: str, task: Task, *students: Teacher) -> PreTrained
         )
     except Exception as error:  # a broken checkpoint raises anything
         raise UserError(
-            f"The teacher {source!r} cannot be loaded ({first_line(error)}): use another classifier."
+            f"The teacher {source!r} cannot be loaded ({first_line(error)}): use another "
+            "classifier."
         ) from error
     if info["missing_keys"]:
         raise UserError(
