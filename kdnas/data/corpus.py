@@ -125,8 +125,8 @@ def load_corpus(
 
     Raises:
         UserError: the source is missing, unreadable, truncated or not UTF-8, lacks the column,
-            holds a value that is not text or a forbidden character, has fewer than two usable
-            rows, or has less than 1 % usable rows.
+            holds a value that is not text, or text with a forbidden character, has fewer than
+            two usable rows, or has less than 1 % usable rows.
     """
     sizes, hashes, splits = array("q"), array("Q"), bytearray()
     num_empty, num_skipped, num_kept = 0, 0, [0] * len(SPLITS)
@@ -190,9 +190,10 @@ def _check_splits(text: str, splits: SplitArray) -> None:
 
 
 def shares(hashes: HashArray, seed: int) -> npt.NDArray[np.float64]:
-    """Return a number in [0, 1) per row, from its hash and the seed; the lowest are held out.
+    """Return for each row a number in [0, 1), which the row's hash and the seed determine.
 
-    All hashes form a circle, which the seed rotates; the number is the row's position on it.
+    The rows with the lowest numbers are held out. All hashes form a circle, which the seed rotates;
+    the number is the row's position on it.
     """
     turned = hashes - np.random.default_rng(seed).integers(2**64, dtype=np.uint64)  # modulo 2**64
     return (turned >> np.uint64(11)) / 2**53
@@ -201,7 +202,9 @@ def shares(hashes: HashArray, seed: int) -> npt.NDArray[np.float64]:
 def draw_held_out(
     splits: SplitArray, shares: npt.NDArray[np.float64], fraction: float
 ) -> npt.NDArray[np.bool_]:
-    """Return for each row whether it is held out; at least one row is, and at least one is not.
+    """Return an array that is True for the rows to hold out, and False for the others.
+
+    It has at least one True and at least one False.
 
     Args:
         splits: the value of the source's column ``split`` for each row, as an index into
@@ -222,9 +225,10 @@ def draw_held_out(
 
 
 def next_on_circle(splits: SplitArray, hashes: HashArray) -> IntArray:
-    """Return for each row the row of the same split with the next higher hash, to make pairs.
+    """Return for each row the number of another row with which it can form a pair.
 
-    The row with the highest hash of a split is followed by the one with the lowest.
+    This is the row of the same split with the next higher hash. The row with the highest hash of a
+    split is followed by the one with the lowest.
 
     Args:
         splits: the value of the source's column ``split`` for each row, as an index into

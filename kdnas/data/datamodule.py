@@ -131,7 +131,7 @@ class DataSettings:
         if self.pair_share and self.max_length < MIN_PAIR_TOKENS:
             raise UserError(
                 f"max_length is {self.max_length}: sentence pairs need at least {MIN_PAIR_TOKENS} "
-                "tokens. Without pairs, set pair_share to 0."
+                "tokens: give more, or set pair_share to 0."
             )
         if self.seed >= 2**32:
             raise UserError(f"seed is {self.seed}: give at most {2**32 - 1}.")
@@ -178,7 +178,9 @@ class KDDataModule(ResumableDataModule):
         return self._rows
 
     def setup(self, stage: str | None = None) -> None:
-        """Open the tokenised text; if it does not exist, one process makes it and the others wait.
+        """Open the tokenised text, which is made first if it does not exist.
+
+        One process makes it while the others wait.
 
         Raises:
             UserError: the text or the teacher cannot be used, or ``max_length`` is more than the
@@ -191,8 +193,8 @@ class KDDataModule(ResumableDataModule):
         longest = max_length(teacher.config)
         if settings.max_length > longest:
             raise UserError(
-                f"max_length is {settings.max_length}: "
-                f"the teacher {self.teacher!r} takes at most {longest} tokens: give at most that."
+                f"max_length is {settings.max_length}, but the teacher {self.teacher!r} takes at "
+                f"most {longest} tokens: give at most that."
             )
         tokenizer = teacher.tokenizer
         folder = self._whole_folder(tokenizer)
@@ -248,9 +250,10 @@ class KDDataModule(ResumableDataModule):
             raise
 
     def _make(self, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Write the tokenised rows into ``folder``; work of a killed process is continued.
+        """Write the tokenised rows into ``folder``.
 
-        Other processes that call this wait until the rows are written.
+        If an earlier call was killed, its work is continued. Other processes that call this wait
+        until the rows are written.
         """
         lock = self.folder / f"{folder.name}.lock"
         pieces = self.folder / f"{folder.name}.pieces"
@@ -282,7 +285,10 @@ class KDDataModule(ResumableDataModule):
     def _write_pieces(
         self, folder: Path, corpus: Corpus, tokenizer: PreTrainedTokenizerBase
     ) -> None:
-        """Tokenise the pieces (ranges of rows) that ``folder`` lacks, with one process per core."""
+        """Tokenise the pieces (ranges of rows) that ``folder`` lacks, and write them there.
+
+        One process per core does so.
+        """
         settings = self.settings
         masker = Masker(
             tokenizer.mask_token_id,
@@ -338,6 +344,13 @@ class KDDataModule(ResumableDataModule):
         """Yield for each row its token ids and the index at which its second sentence begins.
 
         For a row without a second sentence, the index is the number of its tokens.
+
+        Args:
+            rows: numbers of the rows.
+            texts: the texts of all rows.
+            make_pair_of: function from a row's number to the row's sentence pair, or to None if the
+                row is no pair.
+            tokenizer: the teacher's tokenizer.
         """
         # Cut the text first: a tokenizer makes all tokens of a long row before it truncates them.
         most = CHARACTERS_A_TOKEN * self.settings.max_length
@@ -370,9 +383,10 @@ class KDDataModule(ResumableDataModule):
             yield from (encoded[i] for i in places)
 
     def _pair_maker(self, corpus: Corpus) -> Callable[[int], tuple[str, str] | None]:
-        """Return a function from a row's number to its sentence pair; None: no pair for this row.
+        """Return a function that takes a row's number and returns the row's sentence pair.
 
-        A row is paired with a random other row of its split (``next_on_circle``).
+        The function returns None for a row that stays a single sentence. A pair is made from a row
+        and another random row of its split (``next_on_circle``).
         """
         share, texts = self.settings.pair_share, corpus.texts
         following = next_on_circle(corpus.splits, corpus.hashes)
@@ -396,9 +410,10 @@ class KDDataModule(ResumableDataModule):
     def _parts(self) -> tuple[IntArray, IntArray]:
         """Return the numbers of the training rows and of the held-out rows, each in a random order.
 
-        The order is by ``shares``, a hash in [0, 1). Rows whose split the source gives are spread
-        evenly among the others. If rows are paired, the last row of each kind is left out unless it
-        is the only one, because its partner can be of the other kind.
+        The order is that of the numbers that ``shares`` returns. Rows whose split the source gives
+        are spread evenly among the others. If rows are paired, the last of the training rows and
+        the last of the held-out rows can have a partner of the other kind. So each is left out,
+        unless it is the only one of its kind.
         """
         rows, settings = self.rows, self.settings
         place = shares(rows.hashes, settings.seed)
@@ -421,23 +436,30 @@ class KDDataModule(ResumableDataModule):
         return parts[0], parts[1]
 
     def train_ids(self) -> IntArray:
-        """Return the numbers of the training rows: all of them, or for ``mini`` a seeded draw."""
+        """Return the numbers of the training rows.
+
+        For ``full`` these are all of them, for ``mini`` a share that the seed draws.
+        """
         train, _ = self._parts
         share = 1.0 if self.split == "full" else self.settings.mini_fraction
         return np.sort(train[: max(1, round(share * len(train)))])
 
     def held_out_ids(self) -> IntArray:
-        """Return the numbers of the held-out rows to score students on: at most a million tokens.
+        """Return the numbers of the held-out rows on which students are scored.
 
-        These rows are the same for ``mini`` and ``full``. The limit keeps scoring, after each
-        epoch, short.
+        They have at most a million tokens in all, so that scoring after each epoch is short. They
+        are the same for ``mini`` and ``full``.
         """
         _, drawn = self._parts
         num_drawn = int((self.rows.lengths[drawn].cumsum() <= HELD_OUT_TOKENS).sum())
         return np.sort(drawn[: max(1, num_drawn)])
 
     def draw_order(self) -> IntArray:
-        """Return all row numbers: rows to score on first, then training rows, then unused rows."""
+        """Return all row numbers, in the order in which the rows are needed.
+
+        The held-out rows on which students are scored come first, then the training rows, then the
+        rows that are not used.
+        """
         train, _ = self._parts
         asked = np.concatenate([self.held_out_ids(), train])
         others = np.ones(len(self.rows), dtype=bool)

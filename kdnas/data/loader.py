@@ -26,7 +26,7 @@ _STOPS = (signal.SIGINT, *TERMINATIONS)
 
 
 class LengthGroupedBatches(DistributedSampler[Any]):
-    """Batch sampler: rows of similar length up to a number of tokens, divided among the ranks.
+    """Batch sampler that groups rows of similar length and divides each batch among the ranks.
 
     It yields, for each batch, which mask of the rows to use and the numbers of this rank's rows. In
     a step, all ranks together use the same rows, whatever the number of ranks. It is a
@@ -68,7 +68,9 @@ class LengthGroupedBatches(DistributedSampler[Any]):
         self.epoch = 0
 
     def batches(self) -> list[IntArray]:
-        """Return the batches of this epoch, each with at least one row for each rank.
+        """Return this epoch's batches of all ranks together, each an array of row numbers.
+
+        A batch has at least one row for each rank.
 
         Raises:
             UserError: there are fewer rows than ranks.
@@ -166,7 +168,10 @@ class ResumableLoader(DataLoader[Any]):
 
 
 def one_ahead(batches: Iterator[T], prepare: Callable[[T], T]) -> Iterator[T]:
-    """Yield ``prepare(batch)`` for each batch; a thread prepares the next batch meanwhile."""
+    """Yield ``prepare(batch)`` for each batch.
+
+    While the caller uses a batch, a thread prepares the next one.
+    """
 
     def fetch() -> list[T]:
         return [prepare(batch) for batch in itertools.islice(batches, 1)]
@@ -183,6 +188,9 @@ def outlive_signals(index: int) -> None:
 
     A signal to the process group reaches workers and main process. If a worker died first, torch
     would raise an error in the main process before it has written its checkpoint.
+
+    Args:
+        index: number of the worker, which torch passes; not used.
     """
     if sys.platform in ("darwin", "win32"):
         return  # these systems do not tell who sent a signal
@@ -225,7 +233,7 @@ class ResumableDataModule(pl.LightningDataModule):
     _loader_state: dict[str, int] | None = None
 
     def resumable(self, loader: ResumableLoader) -> ResumableLoader:
-        """Return the training loader, set to resume where a loaded checkpoint was written."""
+        """Return the training loader; it resumes at the position of a loaded checkpoint, if any."""
         if self._loader_state is not None:
             loader.load_state_dict(self._loader_state)
             self._loader_state = None

@@ -13,7 +13,7 @@ IntArray = npt.NDArray[np.int64]
 
 
 class Draw(IntEnum):
-    """The purposes of a row's random numbers; each purpose has an independent generator."""
+    """What a row's random numbers are drawn for; each purpose has an independent generator."""
 
     MASK = 0
     WHETHER_MASKED = 1

@@ -39,7 +39,10 @@ _SKIPPED = set(
 
 
 def text_and_task(text: str, task: str | None, folder: Path) -> tuple[str, str | None]:
-    """Return text and task; if one is ``quickstart``, make its files in ``folder`` first."""
+    """Return the text and the task; for ``quickstart``, the paths of files made in ``folder``.
+
+    The files are made by ``build_quickstart_text``, unless they exist.
+    """
     if QUICKSTART not in (text, task):
         return text, task
     path = build_quickstart_text(folder)
@@ -135,10 +138,15 @@ def _root(package: str) -> Path:
 def _package_rows(
     package: str, root: Path, num_rows: int, is_new: Callable[[str], bool]
 ) -> list[dict[str, str]]:
-    """Return at most ``num_rows`` paragraphs of a package's docstrings; the first are held out.
+    """Return at most ``num_rows`` paragraphs from the docstrings of a package, as rows.
 
-    Modules are taken in a fixed random order. Only paragraphs for which ``is_new`` returns True are
-    taken.
+    A row has ``text``, ``package``, ``module`` and ``split``; the first rows are the held-out ones.
+
+    Args:
+        package: name of the package.
+        root: folder of the package; its modules are taken in a fixed random order.
+        num_rows: largest number of rows.
+        is_new: function that tells whether to take a paragraph.
     """
     modules = {}
     for path in sorted(root.rglob("*.py")):
@@ -162,7 +170,11 @@ def _package_rows(
 
 
 def _balanced(examples: list[tuple[str, str]]) -> pa.Table:
-    """Return a table of (text, package) with equally many rows of each package."""
+    """Return a table of ``sentence`` and ``label`` with equally many rows of each package.
+
+    Args:
+        examples: pairs of a text and the name of its package, which becomes the label.
+    """
     from datasets import ClassLabel, Features, Value
 
     labels = sorted(PACKAGES)

@@ -38,7 +38,7 @@ PARQUET_BUFFER, PARQUET_ROWS = 1 << 20, 256
 
 
 def all_rows(text: str, column: str) -> Iterator[Row]:
-    """Yield the text of every row of a source, in order, with the value of its column ``split``.
+    """Yield each row of a source, in order: its text and the value of its column ``split``.
 
     Args:
         text: a file, a folder, or the name of a data set on the Hugging Face hub.
@@ -55,7 +55,10 @@ def all_rows(text: str, column: str) -> Iterator[Row]:
 
 
 def some_rows(text: str, column: str, most: int) -> tuple[list[Row], int]:
-    """Return up to ``most`` random rows (the same at each call) and the source's number of rows."""
+    """Return up to ``most`` random rows of a source, and how many rows the source has.
+
+    The rows are the same at each call. A row is its text and the value of its column ``split``.
+    """
     generator = random.Random(0)
     kept: list[Row] = []
     number = 0
@@ -84,7 +87,15 @@ def text_sha256(text: str, column: str, known: Path) -> str:
 
 
 def _file_hashes(text: str, files: Sequence[Path], known: Path) -> dict[str, list[Any]]:
-    """Return the stamp (size, modification time) and hash of each file, by its resolved path."""
+    """Return a dictionary from each file's resolved path to its size, modification time and hash.
+
+    The JSON file ``known`` caches them; files that have changed are hashed again.
+
+    Args:
+        text: the source, for messages.
+        files: the files of the source.
+        known: the cache.
+    """
     with _readable(text):
         stamps = {str(path.resolve()): stamp(path) for path in files}
 
@@ -103,7 +114,10 @@ def _file_hashes(text: str, files: Sequence[Path], known: Path) -> dict[str, lis
 
 @contextmanager
 def _readable(text: str) -> Iterator[None]:
-    """Context manager that turns an OSError into a UserError: ``text`` cannot be read."""
+    """Context manager that turns an OSError into a UserError.
+
+    The message says that the source ``text`` cannot be read.
+    """
     try:
         yield
     except OSError as error:
@@ -113,7 +127,7 @@ def _readable(text: str) -> Iterator[None]:
 
 
 def _files(text: str) -> list[Path] | None:
-    """Return the files of a text source; None: the source is a data set on the hub."""
+    """Return the files of a text source, or None if the source is a data set on the hub."""
     kinds = ", ".join(_READERS)
     suffix = Path(text).suffix.lower()
     if os.path.isfile(text):
@@ -233,7 +247,7 @@ def _csv(path: Path, column: str) -> Iterator[dict[str, Any]]:
 
 @contextmanager
 def _long_fields() -> Iterator[None]:
-    """Allow fields that are longer than the csv module's limit of 131,072 characters."""
+    """Context manager in which the csv module reads fields of more than 131,072 characters."""
     limit = csv.field_size_limit(MOST_BYTES)
     try:
         yield
@@ -260,17 +274,28 @@ def _dicts(batch: pa.RecordBatch) -> Iterator[dict[str, Any]]:
 
 
 def _batches(path: Path, file: pq.ParquetFile, names: list[str]) -> Iterator[pa.RecordBatch]:
-    """Yield batches of rows; refuse a parquet file that unpacks to far more than its size."""
+    """Yield batches of a parquet file's rows; refuse a file that unpacks to far more than its size.
+
+    Args:
+        path: path of the file.
+        file: the opened file.
+        names: the columns to read.
+
+    Raises:
+        ValueError: the file is refused.
+    """
     packed, metadata = path.stat().st_size, file.metadata
     groups = map(metadata.row_group, range(metadata.num_row_groups))
     unpacked = sum(group.total_byte_size for group in groups)
     if unpacked > max(MUCH, MOST_UNPACKED * packed):
         raise ValueError(
-            f"the file has {packed:,} bytes but would unpack to {unpacked:,}, too many for its size"
+            f"the file has {packed:,} bytes but would unpack to {unpacked:,}, which is refused as "
+            "a zip bomb: write it without compression and dictionaries"
         )
     if metadata.num_rows * BYTES_A_ROW > max(MUCH_IN_ALL, 10 * MOST_UNPACKED * packed):
         raise ValueError(
-            f"the file has {packed:,} bytes but {metadata.num_rows:,} rows, too many for its size"
+            f"the file has {packed:,} bytes but {metadata.num_rows:,} rows, which is refused as a "
+            "zip bomb: remove empty and repeated rows"
         )
     num_rows, num_bytes = PARQUET_ROWS, 0
     if unpacked > 20 * packed:  # a value that is stored once may be in each row
@@ -279,14 +304,16 @@ def _batches(path: Path, file: pq.ParquetFile, names: list[str]) -> Iterator[pa.
         num_bytes += batch.nbytes
         if num_bytes > max(MUCH_IN_ALL, MOST_UNPACKED * packed):
             raise ValueError(
-                f"the file has {packed:,} bytes but its first rows unpack to {num_bytes:,}, too "
-                "many for its size"
+                f"the file has {packed:,} bytes but its first rows unpack to {num_bytes:,}, which "
+                "is refused as a zip bomb: write it without compression and dictionaries"
             )
         yield batch
 
 
 def check_table(path: Path, has_header: bool = True) -> None:
-    """Raise an error for a table with too many or equal column names, or one like a zip bomb.
+    """Raise an error for a table that has bad column names or unpacks to far more than its size.
+
+    Column names are bad if there are too many, or if two of them are equal.
 
     Args:
         path: a parquet, csv or tsv file.
@@ -318,7 +345,7 @@ def _check_columns(names: Sequence[str]) -> None:
 
 
 def _hub(name: str, column: str) -> Any:
-    """Return the rows of a hub data set's train split, with the columns to read."""
+    """Return the rows of a hub data set's train split, with only those columns that are read."""
     from datasets import load_dataset
 
     parts = name.split(":")  # name of the data set and, optionally, of a configuration
@@ -333,7 +360,10 @@ def _hub(name: str, column: str) -> Any:
 
 
 def _wanted(names: list[str], column: str) -> list[str]:
-    """Return the columns to read: ``column`` and ``split``; all if ``column`` does not exist."""
+    """Return which columns to read: ``column`` and, if it exists, ``split``.
+
+    If ``column`` does not exist, all are returned.
+    """
     return [name for name in names if name in (column, "split")] if column in names else names
 
 

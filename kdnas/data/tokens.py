@@ -65,7 +65,10 @@ class Batch(TypedDict):
 
 
 def located(batch: Batch) -> Batch:
-    """Add to a batch the indices of its real tokens and pairs, so that a GPU need not be synced."""
+    """Return a copy of a batch, with the indices of its real tokens and of its pairs.
+
+    They are found on the CPU, because to find them on a GPU means to wait for it.
+    """
     return {**batch, "real_tokens": real_tokens(batch), "pairs": pairs(batch)}
 
 
@@ -172,10 +175,10 @@ def join_pieces(
 
 
 def is_whole(folder: Path, has_lock: bool = False) -> bool:
-    """Return whether a folder of tokenised rows is complete, undamaged and unrenamed.
+    """Return whether a folder of tokenised rows is complete, undamaged and not renamed.
 
-    Files that changed since they were last hashed are hashed again if the caller holds the folder's
-    lock (``has_lock``). Without the lock, the result is then False.
+    If files changed since they were last hashed, they must be hashed again. This is done only if
+    the caller holds the folder's lock (``has_lock``); otherwise the result is False.
     """
     about, checked = _read_about(folder), folder / "checked.json"
     if about is None or about["key"] != folder.name:
@@ -193,7 +196,7 @@ def _stamps(folder: Path) -> dict[str, list[int]]:
 
 
 def _read_about(folder: Path) -> dict[str, Any] | None:
-    """Return the content of ``about.<hash>.json``; None if the file is missing or damaged."""
+    """Return the content of ``about.<hash>.json``, or None if the file is missing or damaged."""
     for path in folder.glob("about.*"):
         if path.name == _about(content := path.read_bytes().decode(errors="replace")):
             about = dict(json.loads(content))

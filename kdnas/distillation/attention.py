@@ -70,9 +70,9 @@ class AttentionRelations(Objective):
     """MiniLMv2's loss on self-attention relations: query-query, key-key and value-value.
 
     The loss is ``KL(softmax(x_t x_t^T / sqrt(d_t)) || softmax(x_s x_s^T / sqrt(d_s)))``, averaged
-    over x = queries, keys and values. x_t is of one teacher layer, x_s of the student's last layer.
-    Each is split into ``num_heads`` relation heads, of size d_t and d_s. So student and teacher can
-    differ in width and in number of attention heads.
+    over x = queries, keys and values. x_t is taken from one teacher layer, x_s from the student's
+    last layer. Each is split into ``num_heads`` relation heads, of size d_t and d_s. So student and
+    teacher can differ in width and in number of attention heads.
 
     Args:
         layer: the teacher's layer, from 0; negative numbers count from the last layer.
@@ -90,8 +90,11 @@ class AttentionRelations(Objective):
 
     def teacher_layers(self, num_student_layers: int, num_teacher_layers: int) -> set[int]:
         if not -num_teacher_layers <= self.layer < num_teacher_layers:
-            there = f"the teacher has {num_teacher_layers} layers"
-            raise UserError(f"AttentionRelations: layer is {self.layer}, {there}.")
+            raise UserError(
+                f"AttentionRelations: layer is {self.layer}, but the teacher has "
+                f"{num_teacher_layers} layers: give a number from {-num_teacher_layers} to "
+                f"{num_teacher_layers - 1}."
+            )
         return {self.layer % num_teacher_layers - 1}
 
     def criterion(self, student: PreTrainedModel, teacher: PreTrainedModel) -> Criterion:

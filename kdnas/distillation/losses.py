@@ -35,9 +35,10 @@ def within_half(states: Tensor) -> Tensor:
 
 
 def squared_error(predicted_NH: Tensor, target_NH: Tensor) -> Tensor:
-    """Return the squared error, mean over dimensions and sum over N vectors; a float32 scalar.
+    """Return the sum over N vectors of each vector's mean squared error, a float32 scalar.
 
-    The sum divided by N is the mean squared error. Sums of batches of different sizes can be added.
+    Divided by N, it is the mean squared error of all numbers. The sums of several batches can be
+    added, even if the batches differ in size.
 
     Raises:
         ValueError: the shapes differ.
@@ -63,7 +64,10 @@ def attention_map(query_BATD: Tensor, key_BATD: Tensor, mask_BT: Tensor) -> Tens
 
 
 def masked_softmax(scores_BATT: Tensor, mask_BT: Tensor) -> Tensor:
-    """Return ``softmax_m(scores(n, m))`` over real tokens m, (B, A, T, T); 0 for padding m."""
+    """Return the softmax of attention scores over the real tokens m, (B, A, T, T).
+
+    Entry (n, m) is 0 if token m is padding.
+    """
     return (scores_BATT + additive_mask(mask_BT, scores_BATT.dtype)).softmax(-1)
 
 

@@ -18,7 +18,7 @@ TOKEN_STRENGTH = 1e-2
 
 
 class TermErrors(Metric):
-    """Metric: mean and number of the errors of each loss term, over all batches and ranks."""
+    """Metric: mean error and number of errors of each loss term, over all batches and ranks."""
 
     full_state_update = False
 
@@ -37,7 +37,10 @@ class TermErrors(Metric):
         self.counts = self.counts + counts
 
     def compute(self) -> Tensor:
-        """Return each loss term's mean error (0 if none) and number of errors, (2, terms)."""
+        """Return, for each loss term, its mean error and its number of errors, shape (2, terms).
+
+        The mean error of a term without any errors is 0.
+        """
         return torch.stack([self.sums / self.counts.clamp_min(1), self.counts])
 
 
@@ -126,16 +129,15 @@ def sentence_agreement(student_NS: Tensor, teacher_NH: Tensor) -> dict[str, floa
     """Measure how well a student's sentence vectors agree with its teacher's, without a task.
 
     Args:
-        student_NS: the student's vectors of at least two rows that it was not trained on, shape
-            (N, S).
-        teacher_NH: the teacher's vectors of the same rows, shape (N, H).
+        student_NS: the student's vectors, (N, S), of at least two rows that it was not trained on.
+        teacher_NH: the teacher's vectors of the same rows, (N, H).
 
     Returns:
-        ``vector_cosine``: mean cosine between the teacher's vectors and linearly mapped student
-        vectors. The map is fitted on one half of the rows, the cosine is measured on the other.
-        ``similarity_order``: the cosine similarity of each pair of rows is computed with the
-        student's and with the teacher's vectors; this is the Spearman correlation of the two, as in
-        STS. 1 if both rank all pairs alike.
+        A dictionary of two numbers. ``vector_cosine`` is the mean cosine between the teacher's
+        vectors and linearly mapped student vectors. The map is fitted on one half of the rows, and
+        the cosine is measured on the other half. ``similarity_order`` tells whether both models
+        rank pairs of rows alike. It is the Spearman correlation, over all pairs, between the cosine
+        of the student's two vectors and the cosine of the teacher's.
     """
     middle = len(student_NS) // 2
     weights = ridge_map(student_NS[:middle], teacher_NH[:middle], strength=1e-2).float()

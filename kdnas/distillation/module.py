@@ -117,13 +117,19 @@ class Recipe:
 
 @cache
 def _on_device(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return the values as a tensor on the device; it is cached, so do not change it in place."""
+    """Return a tensor of the values on a device.
+
+    It is cached, so do not change it in place.
+    """
     with torch.inference_mode(False):  # a cached inference tensor could not enter autograd later
         return torch.tensor(values, dtype=dtype, device=device)
 
 
 def calibration_rows(data: KDDataModule) -> CalibrationRows:
-    """Return a sample of the training rows for initialising students, the same on all ranks."""
+    """Return batches of training rows, a random sample, from which students are initialised.
+
+    The sample is the same on all ranks.
+    """
     return CalibrationRows(sample_batches(data, data.train_ids(), CALIBRATION_TOKENS))
 
 
@@ -233,7 +239,10 @@ class HiddenStateDistillModule(ClipFusedGradients):
 
     @torch.no_grad()
     def begin(self, data: KDDataModule) -> None:
-        """Initialise the student, then the parameters of the loss; a second call does nothing."""
+        """Initialise the student, and then the parameters of the loss.
+
+        Both can be fitted to training rows of ``data``. A second call does nothing.
+        """
         if self.started is not None:
             return
         release_memory()  # memory that reading the text has left allocated
@@ -249,7 +258,10 @@ class HiddenStateDistillModule(ClipFusedGradients):
         release_memory()
 
     def save_student(self, folder: Path) -> None:
-        """Save the student with the teacher's tokenizer; its config gets the teacher's hash."""
+        """Save the student and the teacher's tokenizer in a folder.
+
+        The teacher's hash is stored in the student's config, as ``teacher_sha256``.
+        """
         self.student.config.teacher_sha256 = self._teacher.sha256()
         self.student.save_pretrained(folder)
         self._teacher.tokenizer.save_pretrained(folder)
@@ -259,7 +271,11 @@ class HiddenStateDistillModule(ClipFusedGradients):
         self.student.train(self.recipe.dropout)
 
     def views(self, batch: Batch) -> tuple[View, View]:
-        """Run both models on a batch; return a ``View`` (hidden states, attention) of each."""
+        """Return the ``View`` of the student and that of the teacher on a batch.
+
+        A ``View`` holds a model's hidden states and attention. The teacher's hidden states are
+        read, if they are stored, or computed.
+        """
         assert self.states is not None, "setup() sets it"
         # In train mode the attention maps would have dropout.
         is_eager = self.student.config._attn_implementation == "eager"
@@ -271,7 +287,11 @@ class HiddenStateDistillModule(ClipFusedGradients):
         return student, View(self._teacher.model, batch, real=real)
 
     def forward(self, student: View, teacher: View) -> tuple[Tensor, Tensor]:
-        """Return each loss term's sum of errors and number of errors, both of shape (terms,)."""
+        """Return, for each loss term, the sum of a batch's errors and the number of errors.
+
+        These are two tensors of shape (terms,). A ``View`` holds a model's hidden states and
+        attention.
+        """
         errors, counts = zip(*self.criterion(student, teacher), strict=True)
         sums = torch.stack(errors)
         # Filled on the device: copying a tensor of the list there would wait for the device.
@@ -322,22 +342,34 @@ class HiddenStateDistillModule(ClipFusedGradients):
         self.log_dict(named, sync_dist=True)
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> tuple[list[str], Tensor]:
-        """Return texts and sentence vectors, (B, H): means of the last layer's hidden states."""
+        """Return the texts of a batch and the student's sentence vectors, (B, H).
+
+        A sentence vector is the mean of the last layer's hidden states over real tokens.
+        """
         states = dict(enumerate(encode(self.student, batch).hidden_states or (), -1))
         view = View(self.student, cast(Batch, batch), states)
         return batch["texts"], view.pooled(view.mask_BT)
 
     def _held_out_metrics(self) -> tuple[dict[str, float], dict[str, float]]:
-        """Return held-out metrics: of the student as a whole, and of each loss term and layer."""
+        """Return two dictionaries of held-out metrics: of the student, and of parts of the loss.
+
+        The first has ``loss``, ``contextual_share`` and ``sentence_r2``. The second has the errors
+        of each loss term and on each teacher layer.
+
+        Raises:
+            CandidateFailed: the loss is not finite.
+            UserError: the held-out rows have nothing that the loss can compare.
+        """
         means, counts = self.val_errors.compute().cpu()
         if not torch.isfinite(means).all():
             raise CandidateFailed(
-                f"the held-out loss is {float(means.mean())} after epoch {self.current_epoch}"
+                f"the held-out loss is {float(means.mean())} after epoch {self.current_epoch}: "
+                "give lower learning rates"
             )
         if not counts.any():
             raise UserError(
-                "No held-out row gives the loss anything to compare, such as pairs for a pair "
-                "loss: give more text, or longer rows."
+                "The held-out rows have nothing that the loss can compare (a loss on sentence "
+                "pairs needs pairs): give more text, or longer rows."
             )
         metrics = {"loss": self._held_out_loss(means, counts), **self._probe_metrics()}
         for metric in (self.val_errors, self.token_probe, self.sentence_probe):
@@ -363,7 +395,14 @@ class HiddenStateDistillModule(ClipFusedGradients):
         return {"contextual_share": share, "sentence_r2": r2}
 
     def _term_metrics(self, means: list[float]) -> dict[str, float]:
-        """Return metrics: each loss term's mean error, and each teacher layer's lowest error."""
+        """Return metrics of each loss term, and of each teacher layer that a term learns.
+
+        The result maps names to numbers. A term has its mean error. A layer has the lowest mean
+        error of its terms, and the R^2 and the contextual share that follow from this error.
+
+        Args:
+            means: mean error of each loss term.
+        """
         metrics = {}
         best: dict[int, float] = {}
         for term, mean in zip(self.terms, means, strict=True):
@@ -379,14 +418,18 @@ class HiddenStateDistillModule(ClipFusedGradients):
         return metrics
 
     def stats(self, layer: int) -> LayerStats:
-        """Return a teacher layer's variance and the other reference values for errors on it."""
+        """Return the reference values for errors on a teacher layer, such as its variance."""
         assert self.states is not None, "setup() sets it"
         return self.states.stats[layer]
 
     def _weights(self, scale: str) -> Tensor:
-        """Return the loss terms' weights, (terms,), divided by a variance if ``Term.scaled``.
+        """Return the factors by which the loss multiplies the mean errors of its terms, (terms,).
 
-        ``scale`` names the field of ``LayerStats`` that holds the variance of the term's layer.
+        A factor is the term's weight; if ``Term.scaled``, the weight divided by the variance of the
+        term's teacher layer.
+
+        Args:
+            scale: name of the field of ``LayerStats`` that holds this variance.
         """
         weights = tuple(
             term.weight / getattr(self.stats(term.layer), scale)

@@ -28,7 +28,9 @@ from kdnas.system.errors import UserError
 
 
 class View:
-    """The hidden states and attention of one model on a batch; layer -1 is the embedding output.
+    """The hidden states and attention of one model on a batch.
+
+    Layers are numbered from 0; layer -1 is the embedding output.
 
     Args:
         model: the model that computed the hidden states.
@@ -64,7 +66,10 @@ class View:
         return self._real[layer]
 
     def padded(self, layer: int) -> Tensor:
-        """Return a layer's hidden states of all tokens, (B, T, H); arbitrary at padding."""
+        """Return a layer's hidden states of all tokens, (B, T, H).
+
+        The values at padding mean nothing.
+        """
         if layer not in self._padded:
             states_NH = self._real[layer]
             padded = states_NH.new_zeros(self.mask_BT.numel(), states_NH.shape[-1])
@@ -86,10 +91,14 @@ class View:
         return self._inputs[layer]
 
     def heads(self, layer: int, part: str, num_heads: int, chosen: Tensor | None = None) -> Tensor:
-        """Return a layer's queries, keys or values (``part``), shape (B, A, T, D).
+        """Return a layer's queries, keys or values, shape (B, A, T, D).
 
-        The layer's output of width H is split into ``num_heads`` heads of size D = H / num_heads,
-        of which the A ``chosen`` ones are returned (by default all).
+        Args:
+            layer: number of the layer, from 0.
+            part: ``query``, ``key`` or ``value``.
+            num_heads: number of heads into which the layer's width H is split; D is ``H /
+                num_heads``.
+            chosen: numbers of the A heads to return; by default all.
         """
         module = self.family.layers(self.model)[layer]
         weight, bias = attention_part(self.family, module, part)
@@ -102,7 +111,10 @@ class View:
         return flat_BTH.unflatten(-1, (num_heads, -1)).transpose(1, 2)
 
     def attention(self, layer: int, chosen: Tensor | None = None) -> Tensor:
-        """Return the attention maps of a layer's chosen heads, or of all heads, (B, A, T, T)."""
+        """Return a layer's attention maps, (B, A, T, T).
+
+        They are those of the ``chosen`` heads; by default, of all heads.
+        """
         if self._maps is not None and chosen is None:
             return self._maps[layer]
         num_heads = self.model.config.num_attention_heads
@@ -114,7 +126,10 @@ class View:
         return masked_softmax(scores if chosen is None else scores[:, chosen], self.mask_BT)
 
     def pooled(self, mask_BT: Tensor) -> Tensor:
-        """Return each row's mean last-layer state where the mask is True, (B, H), in float32."""
+        """Return each row's mean of the last layer's hidden states over the tokens in ``mask_BT``.
+
+        The shape is (B, H), the dtype float32. ``mask_BT`` is True on the tokens to average.
+        """
         weights = mask_BT.float() / mask_BT.sum(1, keepdim=True).clamp_min(1)
         with torch.autocast(self.mask_BT.device.type, enabled=False):
             last = self.padded(self.model.config.num_hidden_layers - 1).float()
@@ -130,10 +145,10 @@ class Term:
         weight: weight in the loss, relative to the other terms.
         layer: number of the teacher layer, if the term is a squared error of hidden states.
         scaled: whether the error is divided by the variance of ``layer``.
-        compares: whether students of different shapes can be ranked by the term. False if its
-            difficulty depends on which teacher layers a student is made from. (Mapped hidden states
-            are True, as in the original KD-NAS, although strictly only LastLayer and LearnedMapping
-            set every student the same task.)
+        compares: whether students of different shapes can be ranked by the term. False if the
+            term's difficulty depends on the teacher layers from which a student is made. The terms
+            of ``HiddenStates`` have True, as in the original KD-NAS, although with most layer
+            mappings students of different depths learn from different teacher layers.
     """
 
     name: str
@@ -150,9 +165,10 @@ class Criterion(nn.Module):
 
     @abstractmethod
     def forward(self, student: View, teacher: View) -> list[tuple[Tensor, int]]:
-        """Return for each loss term the sum of a batch's errors, and how many were summed.
+        """Return, for each loss term, the sum of a batch's errors and the number of errors.
 
-        A ``View`` holds a model's hidden states and attention on the batch.
+        They are a list of pairs. A ``View`` holds a model's hidden states and attention on the
+        batch.
         """
 
     def fit(self, started: Started, students: Sequence[View], teachers: Sequence[View]) -> None:
@@ -173,7 +189,10 @@ class Objective(ABC):
 
     @abstractmethod
     def teacher_layers(self, num_student_layers: int, num_teacher_layers: int) -> set[int]:
-        """Return the teacher layers whose states the loss needs; -1: the embedding output."""
+        """Return the numbers of the teacher layers whose hidden states the loss needs.
+
+        The number -1 stands for the embedding output.
+        """
 
     @abstractmethod
     def criterion(self, student: PreTrainedModel, teacher: PreTrainedModel) -> Criterion:
@@ -183,9 +202,14 @@ class Objective(ABC):
 def needed_layers(
     objective: Objective, depths: Iterable[int], num_teacher_layers: int
 ) -> list[int]:
-    """Return the teacher layers whose hidden states students of these depths need, ascending.
+    """Return the teacher layers whose hidden states are needed to train students of these depths.
 
-    The teacher's last layer is always included.
+    They are numbers in ascending order. The teacher's last layer is always included.
+
+    Args:
+        objective: the loss between student and teacher.
+        depths: numbers of layers of the students.
+        num_teacher_layers: number of layers of the teacher.
 
     Raises:
         UserError: the objective asks for a layer that the teacher does not have.
@@ -202,7 +226,7 @@ def needed_layers(
 
 
 class HiddenStates(Objective):
-    """Mean squared error of projected student to teacher hidden states, as in the original KD-NAS.
+    """Mean squared error between projected student and teacher hidden states, as in KD-NAS.
 
     ``mean_ij mean_n |W_ij h_i(n) - t_j(n)|^2 / (H_t var_j)`` over pairs of a student layer i and a
     teacher layer j that it learns from, and over real tokens n. h_i and t_j are hidden states of

@@ -38,13 +38,22 @@ class Start(ABC):
     """Base class of the ways to initialise a student's weights."""
 
     def check(self, student: PreTrainedConfig, teacher: PreTrainedConfig) -> None:  # noqa: B027
-        """Raise a UserError if the student's shape does not allow it; by default do nothing."""
+        """Raise a UserError if a student of this shape cannot be initialised in this way.
+
+        By default, every shape is accepted.
+        """
 
     @abstractmethod
     def __call__(
         self, student: PreTrainedModel, teacher: PreTrainedModel, rows: Sequence[Batch]
     ) -> Started:
-        """Initialise a student from its teacher; ``rows``: training rows to fit linear maps on."""
+        """Initialise a student from its teacher, in place, and return what came from the teacher.
+
+        Args:
+            student: the student.
+            teacher: the teacher, of the same family.
+            rows: batches of training rows on which linear maps are fitted.
+        """
 
 
 class RandomStart(Start):
@@ -120,9 +129,10 @@ def _check_sizes(student: PreTrainedConfig, teacher: PreTrainedConfig, *names: s
 
 
 def embedding_basis(teacher: PreTrainedModel, width: int) -> Tensor:
-    """Return the first principal components of a teacher's embedding output over its vocabulary.
+    """Return the first ``width`` principal components of a teacher's embedding output.
 
-    They are the orthonormal columns of a float32 matrix of shape (teacher's width, ``width``).
+    They are computed over the teacher's vocabulary. The result is a float32 matrix of shape
+    (teacher's width, ``width``) with orthonormal columns.
     """
     words = torch.arange(teacher.config.vocab_size, device=teacher.device)[:, None]
     sums = products = torch.zeros((), dtype=torch.float64, device=teacher.device)

@@ -101,7 +101,7 @@ def record_of(precision: Precision, hidden_size: int) -> np.dtype[np.void]:
 
 
 def pack(states_NH: Tensor, packed: np.ndarray) -> None:
-    """Write hidden states (N, H) into an array of N records of the dtype of ``record_of``."""
+    """Write hidden states (N, H) into ``packed``, an array of N records (see ``record_of``)."""
     within_half(states_NH)  # ``unpack`` returns float16, in whatever type they are stored
     if "scale" in packed.dtype.fields:  # type: ignore[operator]
         states_NH = states_NH.float()
@@ -172,11 +172,17 @@ class StateCache:
         self._reading = Lock()  # the threads of two loaders may read at once
 
     def num_bytes(self, row_ids: IntArray | None = None) -> int:
-        """Return the size on disk of all shards of these rows (default: all rows), built or not."""
+        """Return the size on disk of the shards of these rows, including shards not yet built.
+
+        By default, of all rows.
+        """
         return self._size(self._places(row_ids))
 
     def num_missing_bytes(self, row_ids: IntArray | None = None) -> int:
-        """Return the size of those shards of these rows (default: all) that are not yet built."""
+        """Return the size on disk of those shards of these rows that are not yet built.
+
+        By default, of all rows.
+        """
         found = self._stamps()
         return self._size(
             place for place in self._places(row_ids) if self._prefix(place) not in found
@@ -220,10 +226,10 @@ class StateCache:
         share: int,
         num_shares: int,
     ) -> None:
-        """Compute every ``num_shares``-th missing shard, in one of several parallel processes.
+        """Compute a share of the missing shards, while other processes compute the other shares.
 
-        The process that starts these processes must hold the folder's ``lock`` file, and call
-        ``build`` after they end.
+        A share is every ``num_shares``-th shard. The process that starts these processes must hold
+        the folder's ``lock`` file, and call ``build`` after they end.
 
         Args:
             teacher: function from a batch to the hidden states (N, H) of each stored layer.
@@ -287,7 +293,10 @@ class StateCache:
         return f"variant{place[0]:02d}_{place[1]:05d}"
 
     def _stamps(self) -> dict[str, dict[str, list[int]]]:
-        """Return shard -> file name -> stamp (size and modification time) of all shard files."""
+        """Return the stamp (size and modification time) of each shard file.
+
+        The result maps each shard's name to a dictionary of its files: file name -> stamp.
+        """
         found: dict[str, dict[str, list[int]]] = {}
         if not self.folder.exists():
             return found
@@ -300,10 +309,10 @@ class StateCache:
         return found
 
     def _checked(self, places: Iterable[Place]) -> dict[Place, str | None]:
-        """Return each shard's file name if its checksum is known to be good, else None.
+        """Return a dictionary from each shard to the name of its checked file, or to None.
 
-        A file must be checked again if its size or modification time has changed. A ``Place`` is
-        (mask variant, shard number).
+        A file counts as checked if its checksum was once found to be right, and its size and
+        modification time have not changed since. A ``Place`` is (mask variant, shard number).
         """
         checked, found = read_stamps(self.folder / CHECKED), self._stamps()
 
@@ -325,9 +334,13 @@ class StateCache:
         return hashlib.sha256(f"{self.folder.name}/{prefix}".encode())
 
     def _find(self, place: Place, names: Iterable[str]) -> str | None:
-        """Return the name of a shard's undamaged file, or None; delete its damaged files.
+        """Return the name of a shard's undamaged file, or None; delete the shard's damaged files.
 
         Call it only with the folder's lock held.
+
+        Args:
+            place: the shard, as (mask variant, shard number).
+            names: names of the shard's files.
         """
         prefix = self._prefix(place)
         for path in (self.folder / name for name in names):
@@ -378,7 +391,14 @@ class StateCache:
     def _compute(
         self, place: Place, teacher: BatchStates, batch_tokens: int, buffer: np.ndarray
     ) -> list[np.ndarray]:
-        """Compute a shard's hidden states into ``buffer``; return the used part for each layer."""
+        """Compute a shard's hidden states; return for each layer an array of one record per token.
+
+        Args:
+            place: the shard, as (mask variant, shard number).
+            teacher: function from a batch to the hidden states (N, H) of each stored layer.
+            batch_tokens: largest number of tokens in a batch, padding included.
+            buffer: memory for the records, (layers, tokens); the arrays returned are parts of it.
+        """
         variant, shard = place
         row_ids = self._shard_rows[shard]
         states = [layer_states[: self._num_tokens(place)] for layer_states in buffer]
@@ -427,7 +447,10 @@ class StateCache:
         )
 
     def _open(self, place: Place) -> tuple[mmap.mmap, np.ndarray]:
-        """Return a shard as a memory map and an array; the last ``MOST_MAPS`` shards stay open."""
+        """Return a shard as a memory map, and as an array of the map's records, (layers, tokens).
+
+        The last ``MOST_MAPS`` shards that were used stay open.
+        """
         opened = self._maps.pop(place, None) or self._map(place)
         if len(self._maps) >= MOST_MAPS:
             del self._maps[next(iter(self._maps))]

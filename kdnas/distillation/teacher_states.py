@@ -52,7 +52,7 @@ class LayerStats:
 
 @dataclass(frozen=True)
 class ShareEnds:
-    """Mean squared errors that set the scale of ``contextual_share``, with the values 0 and 1.
+    """The mean squared errors for which ``contextual_share`` is 0 and 1.
 
     Both are errors of a regularised linear map (``RidgeProbe``) to the teacher's last layer.
 
@@ -142,7 +142,7 @@ class TeacherStates:
         return dict(zip(layers, states, strict=True))
 
     def prepare(self, batch: Batch, layers: Sequence[int], pin: bool) -> Batch:
-        """Add the stored hidden states and the indices of real tokens to a batch.
+        """Return a copy of a batch with the stored hidden states and the indices of real tokens.
 
         Args:
             batch: a batch on the CPU.
@@ -231,7 +231,10 @@ def open_states(
 def _build(
     cache: StateCache, live: LiveTeacher, data: KDDataModule, settings: StatesSettings, device: str
 ) -> StateSource:
-    """Return ``cache``, built for the needed rows, or ``live`` if ``max_gb`` is too little."""
+    """Build ``cache`` for the rows that are needed, and return it.
+
+    If its states would exceed ``max_gb``, return ``live`` instead, and store nothing.
+    """
     row_ids = _needed(data)
     gb, missing_gb = cache.num_bytes(row_ids) / 1e9, cache.num_missing_bytes(row_ids) / 1e9
     if gb > settings.max_gb:
@@ -262,7 +265,11 @@ def _needed(data: KDDataModule) -> np.ndarray:
 def _computing(
     cache: StateCache, live: LiveTeacher, data: KDDataModule, device: str
 ) -> tuple[BatchStates, int]:
-    """Return arguments of ``cache.build``: a function from batch to states, tokens per batch."""
+    """Return the first two arguments of ``cache.build`` and ``cache.build_share``.
+
+    They are a function from a batch to the teacher's hidden states, and the largest number of
+    tokens in a batch.
+    """
     batch_tokens = data.settings.batch_tokens
     if device == "cpu":
         batch_tokens = min(batch_tokens, CPU_BATCH_TOKENS)
@@ -295,14 +302,17 @@ def build_share(
 
 
 def is_missing(cache: StateCache, data: KDDataModule, settings: StatesSettings) -> bool:
-    """Return whether the needed states are within ``max_gb`` and some are not stored yet."""
+    """Return whether ``open_states`` has to compute and store hidden states that are needed.
+
+    False if all are stored already, or if they exceed ``max_gb``, so that none are stored.
+    """
     row_ids = _needed(data)
     is_within = cache.num_bytes(row_ids) / 1e9 <= settings.max_gb
     return is_within and cache.num_missing_bytes(row_ids) > 0
 
 
 def _sha256(path: Path, value: Any) -> str:
-    """Return the hash of a JSON value and of the last two parts of its file's path."""
+    """Return a hash of a JSON value and of the names of its file and the file's folder."""
     bound = [path.parent.name, path.name, value]
     return hashlib.sha256(json.dumps(bound, sort_keys=True).encode()).hexdigest()
 
@@ -316,7 +326,13 @@ def _write_measured(path: Path, stats: dict[int, LayerStats], ends: ShareEnds) -
 def _read_measured(
     path: Path, has_lock: bool = False
 ) -> tuple[dict[int, LayerStats], ShareEnds] | None:
-    """Read stored results of ``measure``; None if the file is missing or damaged."""
+    """Read stored results of ``measure``; return None if the file is missing or damaged.
+
+    Args:
+        path: the file.
+        has_lock: whether the caller holds the folder's lock; only then warn of a damaged file, so
+            that the warning appears once.
+    """
     try:
         found = read_json(path)
         if found.pop("sha256") == _sha256(path, found):
@@ -351,6 +367,9 @@ def measure(
         layers: teacher layers, ascending; ``ShareEnds`` is measured on the last.
         data: data module after ``setup``.
         device: device that the teacher runs on.
+
+    Returns:
+        A dictionary from each layer to its ``LayerStats``, and the ``ShareEnds``.
     """
     model.to(device)  # type: ignore[arg-type]
     stats = _stats(model, source, layers, data, device)
@@ -361,7 +380,10 @@ def measure(
 def _ends(
     model: PreTrainedModel, source: StateSource, layer: int, data: KDDataModule, device: str
 ) -> ShareEnds:
-    """Measure the errors for which ``contextual_share`` is 0 and 1, on the held-out rows."""
+    """Measure, on the held-out rows, the errors for which ``contextual_share`` is 0 and 1.
+
+    They are errors of linear maps to the hidden states of teacher layer ``layer``.
+    """
     width = model.config.hidden_size
     # sync_on_compute is off: one rank measures while the others wait.
     context_free, teacher = (
@@ -383,11 +405,11 @@ def _stats(
     data: KDDataModule,
     device: str,
 ) -> dict[int, LayerStats]:
-    """Measure each layer's variance, and the error of predicting it without context.
+    """Measure each layer's variance, and the error of predicting its states without context.
 
     The prediction is a linear map from the embedding output. It is fitted on about ``STATS_TOKENS``
     tokens of the training rows of the ``mini`` split, and its error is measured on as many tokens
-    of the held-out rows.
+    of the held-out rows. The result maps each layer to its ``LayerStats``.
     """
     embedded, states = [], []
     for ids in (data.select("mini").train_ids(), data.held_out_ids()):
@@ -417,7 +439,8 @@ def _stats(
 def sample_batches(data: KDDataModule, sample_ids: np.ndarray, num_tokens: int) -> list[Batch]:
     """Return batches of a random sample of rows, with about ``num_tokens`` real tokens in all.
 
-    The sample is the same on all ranks. If the rows have fewer tokens, all are used.
+    The sample is drawn from the rows with the numbers ``sample_ids``, and is the same on all ranks.
+    If these rows have fewer tokens, all are used.
     """
     chosen = np.random.default_rng(0).permutation(sample_ids)
     chosen = chosen[: np.searchsorted(np.cumsum(data.rows.lengths[chosen]), num_tokens) + 1]
@@ -425,7 +448,10 @@ def sample_batches(data: KDDataModule, sample_ids: np.ndarray, num_tokens: int) 
 
 
 def _batches(data: KDDataModule, sample_ids: np.ndarray) -> LengthGroupedBatches:
-    """Return batches of these rows, grouped by length and unshuffled; all of them on this rank."""
+    """Return a batch sampler that groups these rows by length, without shuffling.
+
+    Every rank gets all rows.
+    """
     return LengthGroupedBatches(
         data.rows.padded_lengths, sample_ids, data.settings.batch_tokens, shuffle=False
     )

@@ -58,12 +58,19 @@ class StudentArch:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the fields as plain values, which torch.load reads with ``weights_only=True``."""
+        """Return a dictionary of the fields.
+
+        It has only plain values, so that torch.load reads it with ``weights_only=True``.
+        """
         return asdict(self)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "StudentArch":
-        """Make a StudentArch from the result of ``to_dict``; refuse unknown or missing fields."""
+        """Make a StudentArch from a dictionary that ``to_dict`` returned.
+
+        Raises:
+            UserError: a field is unknown, a size is missing, or a value is wrong.
+        """
         names = [*_SIZES, "hidden_act"]
         for name in values:
             if name not in names:
@@ -93,11 +100,12 @@ def kept_layers(num_student_layers: int, num_teacher_layers: int) -> list[int]:
     For a student of L_s layers and a teacher of L_t these are ``0, ..., L_s - 2`` and ``L_t - 1``;
     a student of one layer is made from layer 0. Attention between two sentences needs consecutive
     layers: a student made from four evenly spread layers instead keeps a third less of its
-    teacher's STS-B score. Ending with the teacher's last layer is better than with the next
-    consecutive one (LOG.md).
+    teacher's STS-B score. To end with the teacher's last layer is better than to go on with the
+    next layer (LOG.md).
 
     Source: Sajjad et al. 2023, "On the effect of dropping layers of pre-trained transformer
-    models": symmetric dropping keeps bottom and top layers. How many of each is measured here.
+    models". Their symmetric dropping keeps bottom and top layers; measurements decided how many of
+    each are kept here.
     """
     if num_student_layers == 1:
         return [0]

@@ -80,18 +80,22 @@ def read_config(path: Path) -> PreTrainedConfig:
             most = MOST_LABELS
         if isinstance(value, int | float) and not abs(value) <= most:
             raise ValueError(
-                f"{key} is {value}: more than {most:,} is not plausible for an encoder"
+                f"{key} is {value}, but at most {most:,} is plausible for an encoder: correct it"
             )
     values = {key: value for key, value in values.items() if "_implementation" not in key}
     return config_class.from_dict(values)
 
 
 def check_files(name: str, folder: Path) -> Shapes:
-    """Check a checkpoint folder, and return the shape of each tensor by its name.
+    """Refuse an incomplete or unsafe checkpoint folder; return the shape of each tensor by name.
+
+    Args:
+        name: name of the checkpoint, for messages.
+        folder: the folder.
 
     Raises:
-        UserError: there is no tokenizer, there are no weights, or the weights are truncated, lie
-            in another folder or could run code.
+        UserError: there is no tokenizer, there are no weights, or the weights are truncated, lie in
+            another folder or could run code.
     """
     if not any(os.path.isfile(folder / file) for file in TOKENIZERS):
         raise UserError(f"{name!r} has no tokenizer: put {TOKENIZERS[0]} into {str(folder)!r}.")
@@ -108,7 +112,10 @@ def check_files(name: str, folder: Path) -> Shapes:
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    """Return the weight files that transformers would read: one, or the shards of an index."""
+    """Return the weight files of a folder that transformers would read.
+
+    They are one file, or the shards that an index lists, or [] if there are none.
+    """
     for whole in (SAFE, PICKLED):
         if os.path.isfile(folder / whole):
             return [folder / whole]
@@ -132,7 +139,12 @@ def _weight_files(folder: Path) -> list[Path]:
 
 
 def _refuse_elsewhere(path: Path, names: list[Any]) -> None:
-    """Raise an error if the file ``path`` refers to files outside its own folder."""
+    """Raise an error if a file refers to files outside its own folder.
+
+    Args:
+        path: the file.
+        names: names of the files to which it refers.
+    """
     for name in names:
         if not isinstance(name, str) or name != os.path.basename(name) or name in ("", ".", ".."):
             raise UserError(
@@ -166,8 +178,13 @@ def _shapes_of(path: Path) -> Shapes:
 def check_sizes(name: str, config: PreTrainedConfig, shapes: Shapes) -> None:
     """Raise an error if config.json does not fit the weights.
 
-    It does not fit if no tensor has a size that the config names, or if the config describes over
-    twice as many parameters as the weights have.
+    It does not fit if the config names a size that is larger than every size in the weights, or if
+    it describes over twice as many parameters as the weights have.
+
+    Args:
+        name: name of the checkpoint, for messages.
+        config: the content of config.json.
+        shapes: the shape of each tensor in the weights.
     """
     largest = max((size for shape in shapes.values() for size in shape), default=0)
     names = find_family(config.model_type).fields
@@ -201,7 +218,9 @@ def _read_checked(path: Path) -> dict[str, Any]:
     try:
         return _read_json(path)
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{str(path)!r} cannot be read ({first_line(error)}).") from error
+        raise UserError(
+            f"{str(path)!r} cannot be read ({first_line(error)}): copy it again."
+        ) from error
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -108,7 +108,8 @@ class Teacher:
         except Exception as error:  # a broken checkpoint raises any exception
             refuse_away(error, f"The weights of {self.name!r} are not here", "give a folder")
             raise UserError(
-                f"The weights of {self.name!r} cannot be loaded: {first_line(error)}."
+                f"The weights of {self.name!r} cannot be loaded ({first_line(error)}): use another "
+                "checkpoint."
             ) from error
         wrong = sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})
         if wrong:
@@ -218,7 +219,8 @@ def find_teacher(name: str) -> Teacher:
     except Exception as error:  # the tokenizers library raises bare Exception
         refuse_away(error, f"The tokenizer of {name!r} is not here", "give a folder")
         raise UserError(
-            f"The tokenizer of {name!r} cannot be loaded: {first_line(error)}."
+            f"The tokenizer of {name!r} cannot be loaded ({first_line(error)}): use a complete "
+            "checkpoint."
         ) from error
     _check_tokenizer(name, tokenizer, config)
     match_marks(tokenizer, config)
@@ -257,7 +259,7 @@ def _check_tokenizer(
     if not tokenizer.is_fast:
         raise UserError(
             f"The tokenizer of {name!r} is a slow, pure-Python one ({type(tokenizer).__name__}): "
-            "take one with tokenizer.json."
+            "use a model that has a tokenizer.json."
         )
     num_tokens = max(tokenizer.get_vocab().values()) + 1
     if num_tokens > config.vocab_size:
@@ -334,11 +336,12 @@ def additive_mask(mask_BT: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def encode(model: PreTrainedModel, batch: Mapping[str, Any], maps: bool = False) -> BaseModelOutput:
-    """Run a model; return its output with ``hidden_states``, (B, T, H), of embeddings and layers.
+    """Run a model, and return its output with the hidden states of all tokens.
 
-    With ``maps``, which needs eager attention, the output also has ``attentions``, (B, A, T, T) for
-    each layer. A mask is passed to the model only if there is padding: attention is faster without
-    a mask.
+    ``hidden_states`` holds the output of the embeddings and of each layer, (B, T, H) each. With
+    ``maps``, which needs eager attention, the output also has ``attentions``, (B, A, T, T) for each
+    layer. A mask is passed to the model only if there is padding: attention is faster without a
+    mask.
     """
     inputs = _embedding_inputs(model, batch)
     if has_padding(batch):
@@ -351,7 +354,10 @@ def encode(model: PreTrainedModel, batch: Mapping[str, Any], maps: bool = False)
 
 
 def has_padding(batch: Mapping[str, Any]) -> bool:
-    """Return whether a batch has padding; if it has ``real_tokens``, without a device sync."""
+    """Return whether a batch has padding.
+
+    If the batch has the key ``real_tokens``, this does not wait for the device.
+    """
     if "real_tokens" in batch:
         return len(batch["real_tokens"]) < batch["input_ids"].numel()
     return not bool(batch["attention_mask"].all())
@@ -384,7 +390,10 @@ def embedding_norm(model: PreTrainedModel) -> Any:
 
 
 def build_classifier(config: PreTrainedConfig, num_labels: int = 2) -> PreTrainedModel:
-    """Build an encoder with a random classification head; ``num_labels`` 1 means regression."""
+    """Build an encoder with a classification head, all with random weights.
+
+    ``num_labels`` is the number of outputs; 1 means regression.
+    """
     config = copy.deepcopy(config)
     config.num_labels = num_labels
     config.problem_type = None
@@ -394,7 +403,9 @@ def build_classifier(config: PreTrainedConfig, num_labels: int = 2) -> PreTraine
 
 
 def load_classifier(source: str | Path, num_labels: int) -> PreTrainedModel:
-    """Load a checkpoint as a classifier; a missing or differently shaped head is random.
+    """Load a checkpoint as a classifier with ``num_labels`` outputs.
+
+    The head gets random weights if the checkpoint has none, or one of another shape.
 
     Raises:
         UserError: a tensor is not finite, or all zero.

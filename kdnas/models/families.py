@@ -87,13 +87,20 @@ def _albert_layers(model: Any) -> list[nn.Module]:
 
 
 def _mpnet_scores(model: Any, layer: int, query: Tensor, key: Tensor) -> Tensor:
-    """Return MPNet's attention scores, with one bias per distance and head for all layers."""
+    """Return MPNet's attention scores, which include a position bias.
+
+    The bias depends on the head and on the distance between the tokens; it is the same in all
+    layers.
+    """
     bias = model.encoder.compute_position_bias(query[:, 0])
     return dot_scores(query, key) + bias.to(query.dtype)
 
 
 def _deberta_scores(model: Any, layer: int, query: Tensor, key: Tensor) -> Tensor:
-    """Return DeBERTa's attention scores: with products of queries, keys and relative positions."""
+    """Return DeBERTa's attention scores.
+
+    They can include products of queries and keys with embeddings of relative positions.
+    """
     attention = model.encoder.layer[layer].attention.self
     parts = 1 + len({"c2p", "p2c"} & set(attention.pos_att_type))
     scores = dot_scores(query, key, parts)
@@ -106,7 +113,10 @@ def _deberta_scores(model: Any, layer: int, query: Tensor, key: Tensor) -> Tenso
 
 
 def _modernbert_scores(model: Any, layer: int, query: Tensor, key: Tensor) -> Tensor:
-    """Return ModernBERT's attention scores: rotary, and masked outside a layer's local window."""
+    """Return ModernBERT's attention scores, with rotary positions.
+
+    If the layer attends only to a local window, scores outside this window are very low.
+    """
     module = model.layers[layer]
     places = torch.arange(query.shape[2], device=query.device)
     cos, sin = model.rotary_emb(query, places[None], module.attention_type)
@@ -119,9 +129,9 @@ def _modernbert_scores(model: Any, layer: int, query: Tensor, key: Tensor) -> Te
 
 
 def _own_width(config: Any, arch: StudentArch) -> dict[str, Any]:
-    """Return a student's embedding width as config fields, if it must follow the hidden size.
+    """Return the config field of a student's embedding width, or {} to keep the teacher's width.
 
-    This is so if embedding width and hidden size are equal in the teacher.
+    If the teacher's embeddings are as wide as its hidden states, the student's are so, too.
     """
     if config.embedding_size == config.hidden_size:
         return {"embedding_size": arch.hidden_size}
@@ -286,7 +296,10 @@ def has_classifier(config: PreTrainedConfig) -> bool:
 
 
 def class_names(config: PreTrainedConfig) -> list[str]:
-    """Return a classifier's class names, in the order of its outputs (whose ids may start at 1)."""
+    """Return a classifier's class names, in the order of its outputs.
+
+    The ids in the config need not start at 0; only their order counts.
+    """
     return [str(name) for _, name in sorted((config.id2label or {}).items())]
 
 
@@ -351,7 +364,13 @@ def student_config(teacher_config: PreTrainedConfig, arch: StudentArch) -> PreTr
 
 
 def attention_part(family: Family, layer: nn.Module, part: str) -> tuple[Tensor, Tensor | None]:
-    """Return weight (H, H) and bias (H) of a layer's query, key or value map (``part``)."""
+    """Return weight (H, H) and bias (H) of a layer's query, key or value map.
+
+    Args:
+        family: the family of the model.
+        layer: the transformer layer.
+        part: ``query``, ``key`` or ``value``.
+    """
     names = family.names
     linear: Any = layer.get_submodule(getattr(names, part))
     if names.query != names.key:

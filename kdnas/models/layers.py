@@ -25,9 +25,15 @@ class LayerMapping(ABC):
 
     @abstractmethod
     def layers(self, layer: int, num_student: int, num_teacher: int) -> tuple[int, ...]:
-        """Return the teacher layers that the student layer ``layer`` learns from, in order.
+        """Return the numbers of the teacher layers that a student layer learns from.
 
-        The student layer's projection predicts their hidden states in this order.
+        Their order is the order in which the student layer's projection predicts their hidden
+        states.
+
+        Args:
+            layer: number of the student layer.
+            num_student: number of layers of the student.
+            num_teacher: number of layers of the teacher.
         """
 
     def __call__(self, num_student: int, num_teacher: int) -> list[tuple[int, ...]]:
@@ -50,7 +56,7 @@ class LayerMapping(ABC):
             if not 0 <= layer < num_teacher:
                 raise UserError(
                     f"The mapping uses teacher layer {layer}, but the teacher has only layers 0 to "
-                    f"{num_teacher - 1}."
+                    f"{num_teacher - 1}: use another mapping."
                 )
         return pairs
 
@@ -66,10 +72,11 @@ class Last(LayerMapping):
 
 
 class Skip(LayerMapping):
-    """Map student layer i to teacher layer ``i * floor(L_t / L_s)``, of L_s and L_t layers in all.
+    """Map student layer i to teacher layer ``i * floor(L_t / L_s)``.
 
-    The original implementation of KD-NAS has this rule in its README; its code uses ``floor(i * L_t
-    / L_s)``. For a teacher of 12 layers, the two differ for students of 5, or of 7 to 10 layers.
+    L_s and L_t are the numbers of layers of student and teacher. The original implementation of
+    KD-NAS has this rule in its README; its code uses ``floor(i * L_t / L_s)``. For a teacher of 12
+    layers, the two differ for students of 5, or of 7 to 10 layers.
     """
 
     def layers(self, layer: int, num_student: int, num_teacher: int) -> tuple[int, ...]:
@@ -85,9 +92,10 @@ class LastAndSkip(LayerMapping):
 
 
 class Even(LayerMapping):
-    """Map student layer i to ``round((i + 1) * L_t / L_s) - 1``: evenly spread, last included.
+    """Map student layer i to teacher layer ``round((i + 1) * L_t / L_s) - 1``.
 
-    L_s and L_t are the numbers of layers of student and teacher.
+    L_s and L_t are the numbers of layers of student and teacher. The layers are evenly spread, and
+    the teacher's last layer is always one of them.
     """
 
     def layers(self, layer: int, num_student: int, num_teacher: int) -> tuple[int, ...]:

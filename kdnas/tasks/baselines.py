@@ -69,7 +69,7 @@ class StaticForSequenceClassification(nn.Module):
         return SequenceClassifierOutput(logits=self.head(GAIN * features))
 
     def get_input_embeddings(self) -> nn.Embedding:
-        """Return the token vectors, by the method name of transformers' models."""
+        """Return the module with the token vectors; transformers' models have this method, too."""
         return self.vectors
 
     def set_attn_implementation(self, name: str) -> None:

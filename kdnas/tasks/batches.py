@@ -25,7 +25,10 @@ class LengthGroupedSampler(Sampler[int]):
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Set the epoch, which decides the order; Lightning's Trainer does this before each one."""
+        """Set the number of the epoch, which decides the order of the rows.
+
+        Lightning's Trainer calls this before each epoch.
+        """
         self.epoch = epoch
 
     def __len__(self) -> int:

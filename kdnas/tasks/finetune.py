@@ -271,7 +271,7 @@ class _History(pl.Callback):
 def keep_finetune_settings(
     folder: Path, task: LoadedTask, settings: FinetuneSettings, trainer_settings: TrainerSettings
 ) -> None:
-    """Write the settings and the hash of the rows of a fine-tuning to ``made_with.json``.
+    """Write a fine-tuning's settings, and the hash of its rows, to ``made_with.json``.
 
     If the file exists in ``folder``, compare it with the settings and rows instead.
 
@@ -317,11 +317,12 @@ def evaluate_glue(
         keep_model: whether to write ``model/``.
 
     Returns:
-        ``task``, ``task_sha256`` (of its rows), ``score`` and ``metrics`` (0 to 1, or -1 to 1 for
-        correlations), ``num_parameters``, ``megabytes`` (of the weights, 10^6 bytes), ``seconds``
-        (since the last start or resumption), ``history`` (rows of ``epoch``, from 0, and
-        ``score``), ``settings`` (with the learning rate that was used), ``precision`` and
-        ``gradient_clip_val`` as requested, and ``trained_in``, the precision that was used.
+        A dictionary. It has ``task``, ``task_sha256`` (of its rows), ``score`` and ``metrics`` (0
+        to 1, or -1 to 1 for correlations). It has ``num_parameters``, ``megabytes`` (of the
+        weights, 10^6 bytes), ``seconds`` (since the last start or resumption) and ``history`` (for
+        each epoch, from 0, its ``epoch`` and ``score``). And it has ``settings`` (with the learning
+        rate that was used), ``precision`` and ``gradient_clip_val`` as requested, and
+        ``trained_in``, the precision that was used.
 
     Raises:
         UserError: the model takes fewer than ``settings.max_length`` tokens, or the fine-tuning in

@@ -43,7 +43,7 @@ def find_file(folder: Path, *splits: str) -> Path:
 def read_table(
     path: Path, text_columns: Sequence[str] = (), header: Sequence[str] = ()
 ) -> pa.Table:
-    """Read a file of rows.
+    """Read a file of rows into an Arrow table.
 
     Args:
         path: a parquet file; a csv file, in which a field in double quotes may contain commas and
@@ -88,7 +88,8 @@ def read_table(
         return pacsv.read_csv(path, reading, parsing, converting)
     except (OSError, ValueError, csv.Error, pa.ArrowException) as error:
         raise UserError(
-            f"{str(path)!r} is not a readable {suffix[1:]} file ({first_line(error)})."
+            f"{str(path)!r} is not a readable {suffix[1:]} file ({first_line(error)}): check "
+            "whether it is truncated or has another format."
         ) from error
 
 
@@ -127,7 +128,14 @@ def part(columns: Columns, text_columns: Sequence[str], share: float) -> tuple[C
 
 
 def in_turn(labels: Sequence[Any], most: int) -> list[int]:
-    """Return at most ``most`` row numbers, spread evenly over the labels; the draw is fixed."""
+    """Return at most ``most`` random row numbers, taken from each label in turn.
+
+    The draw is the same at each call.
+
+    Args:
+        labels: the label of each row.
+        most: largest number of rows.
+    """
     order = np.random.default_rng(0).permutation(len(labels))
     drawn = pd.Series(labels).iloc[order]
     turns = drawn.groupby(drawn).cumcount()

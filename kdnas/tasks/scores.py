@@ -23,7 +23,10 @@ class _F1(BinaryF1Score):
 
 
 class _Matthews(BinaryMatthewsCorrCoef):
-    """Matthews' correlation; if undefined, 0.0 as in scikit-learn, where torchmetrics differs."""
+    """Matthews' correlation, which is 0.0 where it is undefined.
+
+    scikit-learn does the same; torchmetrics does not.
+    """
 
     def compute(self) -> Tensor:
         tn, fp, fn, tp = self.confmat.cpu().double().flatten()
@@ -62,7 +65,7 @@ class _Pearson(Metric):
 
 
 class _Spearman(_Pearson):
-    """Spearman's rho: Pearson's r of the ranks; equal values share their mean rank."""
+    """Spearman's rho: Pearson's r of the ranks, where equal values share their mean rank."""
 
     def _values(self, values: Tensor) -> Tensor:
         _, inverse, counts = values.unique(return_inverse=True, return_counts=True)
@@ -80,9 +83,10 @@ METRICS: Mapping[str, Callable[[Task], Metric]] = {
 
 
 def make_metrics(task: Task) -> MetricCollection:
-    """Return a task's metrics by name; undefined values (such as a constant's correlation) are 0.0.
+    """Return a dictionary from the names of a task's metrics to the metrics.
 
-    The metrics take predictions (N,) and targets (N,): class ids, or numbers for a regression.
+    They take predictions (N,) and targets (N,): class ids, or numbers for a regression. A metric
+    that is undefined, such as the correlation of a constant, is 0.0.
     """
     return MetricCollection(
         {name: METRICS[name](task) for name in task.metrics}, compute_groups=False

@@ -79,8 +79,8 @@ def soft_loss(outputs: Tensor, teacher_outputs: Tensor, temperature: float) -> T
     """
     if outputs.shape != teacher_outputs.shape:
         raise ValueError(
-            f"outputs have the shape {tuple(outputs.shape)}, but teacher_outputs "
-            f"{tuple(teacher_outputs.shape)}; both must be equal."
+            f"outputs have the shape {tuple(outputs.shape)}, but teacher_outputs have "
+            f"{tuple(teacher_outputs.shape)}: give both the same shape."
         )
     if outputs.ndim == 1:
         return F.mse_loss(outputs, teacher_outputs)
@@ -113,7 +113,14 @@ def hidden_loss(predicted_BTH: Tensor, teacher_BTH: Tensor, mask_BT: Tensor) -> 
 
 
 def task_loss(label: Tensor, soft: Tensor, hidden: Tensor, settings: TaskDistillSettings) -> Tensor:
-    """Return ``(1 - soft_weight) * label + soft_weight * soft + hidden_weight * hidden``."""
+    """Return ``(1 - soft_weight) * label + soft_weight * soft + hidden_weight * hidden``.
+
+    Args:
+        label: the loss against the labels.
+        soft: the loss against the teacher's outputs.
+        hidden: the loss against the teacher's hidden states.
+        settings: gives the two weights.
+    """
     return (
         (1 - settings.soft_weight) * label
         + settings.soft_weight * soft
@@ -254,7 +261,10 @@ def load_task_teacher(source: str, task: Task, *students: Teacher) -> PreTrained
             output_loading_info=True,
         )
     except Exception as error:  # a broken checkpoint raises anything
-        raise UserError(f"Cannot load the teacher {source!r}: {first_line(error)}.") from error
+        raise UserError(
+            f"The teacher {source!r} cannot be loaded ({first_line(error)}): use another "
+            "classifier."
+        ) from error
     if info["missing_keys"]:
         raise UserError(
             f"The weights of the teacher {source!r} lack the tensor "

@@ -164,7 +164,10 @@ class JointOptimizer(torch.optim.Optimizer):
         super().__init__([group for part in self.parts for group in part.param_groups], {})
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Step all optimizers; the closure, if given, is called once, and its loss is returned."""
+        """Step all optimizers, and return the loss that the closure returns.
+
+        The closure, if given, is called once.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():

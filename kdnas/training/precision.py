@@ -81,9 +81,10 @@ def own_precision() -> Iterator[None]:
 
 
 def _seconds(num_rounds: int = 7) -> dict[torch.dtype, float]:
-    """Time a linear layer in each precision; return the seconds by precision.
+    """Return a dictionary from each precision to the seconds that a linear layer takes in it.
 
-    The least of several rounds is taken, so that other work on the machine hardly matters.
+    They are the least of ``num_rounds`` measurements, so that other work on the machine hardly
+    matters.
     """
     with torch.random.fork_rng(devices=[]):
         given = {
@@ -101,7 +102,10 @@ def _time(x: torch.Tensor, weight: torch.Tensor) -> float:
 
 
 def autocast(device_type: str, precision: str = "auto") -> torch.autocast:
-    """Return an autocast context with the precision of ``autocast_dtype`` for these arguments."""
+    """Return a context in which matrix products have the dtype that ``autocast_dtype`` gives.
+
+    Both functions take the same arguments.
+    """
     is_enabled = autocast_dtype(device_type, precision) == torch.bfloat16
     return torch.autocast(device_type, dtype=torch.bfloat16, enabled=is_enabled)
 
@@ -119,12 +123,15 @@ def autocast_dtype(device_type: str, precision: str = "auto") -> torch.dtype:
 
 
 def trainer_precision(accelerator: str) -> str:
-    """Return the faster ``precision`` for a Trainer on an accelerator: bf16-mixed or 32-true."""
+    """Return the ``precision`` of a Trainer that is faster: ``bf16-mixed`` or ``32-true``.
+
+    ``accelerator`` is that of the Trainer, such as ``cpu`` or ``auto``.
+    """
     if accelerator == "auto" and not torch.accelerator.is_available():
         accelerator = "cpu"
     return "bf16-mixed" if bf16_is_faster(accelerator) else "32-true"
 
 
 def gpu_name() -> str | None:
-    """Return the name of the current CUDA device; None: there is none."""
+    """Return the name of the current CUDA device, or None if there is none."""
     return torch.cuda.get_device_name() if torch.cuda.is_available() else None

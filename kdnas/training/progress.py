@@ -39,10 +39,10 @@ def live_progress(console: Console, *columns: ProgressColumn, **options: Any) ->
 
 
 class EpochLines(pl.Callback):
-    """Callback that writes a line with the time left each minute, and the loss after a long epoch.
+    """Callback that writes a line about the progress of a fit each minute.
 
-    An epoch is long if at least a minute has passed since the last validation, or since the start
-    of the fit. The loss is the held-out loss.
+    A line has the time left, and after a long epoch the held-out loss. An epoch is long if at least
+    a minute has passed since the last validation, or since the start of the fit.
 
     Args:
         description: what is being fitted, as the beginning of each line.

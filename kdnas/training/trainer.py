@@ -295,7 +295,7 @@ class ClipFusedGradients(pl.LightningModule):
     """
 
     def setup(self, stage: str | None = None) -> None:
-        """Check the Trainer's precision before a fit.
+        """Raise an error if the Trainer's precision is float16, whose gradients need scaling.
 
         Raises:
             UserError: the precision is float16, mixed or not.

@@ -428,7 +428,7 @@ def test_a_length_beyond_the_teacher_s_positions_is_refused_and_the_longest_runs
     teacher = save_teacher(tmp_path / family, family)
     text = write(tmp_path / "rows.jsonl", [" ".join(make_rows(20))], make_rows(1))
     with pytest.raises(
-        UserError, match=rf"max_length is {longest + 1}: .* takes at most {longest} tokens"
+        UserError, match=rf"max_length is {longest + 1}, but .* takes at most {longest} tokens"
     ):
         open_data(teacher, text, max_length=longest + 1)
     (batch,) = open_data(teacher, text, max_length=longest).train_dataloader()

@@ -211,9 +211,9 @@ def test_more_heads_than_the_teacher_are_refused(teacher):
 
 @pytest.mark.parametrize("layer", [4, -5, 12])
 def test_relations_of_a_layer_that_is_not_there_are_refused(teacher, layer):
-    with pytest.raises(UserError, match=f"layer is {layer}, the teacher has 4 layers"):
+    with pytest.raises(UserError, match=f"layer is {layer}, but the teacher has 4 layers: give"):
         AttentionRelations(layer, num_heads=4).teacher_layers(2, 4)
-    with pytest.raises(UserError, match=f"layer is {layer}, the teacher has 4 layers"):
+    with pytest.raises(UserError, match=f"layer is {layer}, but the teacher has 4 layers: give"):
         AttentionRelations(layer, num_heads=4).criterion(make(teacher), teacher)
 
 

@@ -1006,7 +1006,7 @@ def test_an_error_that_is_not_finite_fails_the_candidate(teacher, data, states, 
 def test_an_objective_with_nothing_to_compare_is_refused_not_perfect(teacher, data, states):
     module = make(teacher, states, objective=PairComparison())  # these rows have no pairs
     with pytest.raises(
-        UserError, match="gives the loss anything to compare.*: give more text, or longer rows"
+        UserError, match="have nothing that the loss can compare.*: give more text, or longer rows"
     ):
         trainer().validate(module, data, verbose=False)
     assert module.history == []

@@ -408,14 +408,14 @@ def test_a_folder_without_tokenizer_is_refused(folder):
 )
 def test_a_tokenizer_that_does_not_load_is_refused(content, folder):
     (folder / "tokenizer.json").write_text(content)
-    assert f"The tokenizer of {str(folder)!r} cannot be loaded: " in refused(folder)
+    assert f"The tokenizer of {str(folder)!r} cannot be loaded (" in refused(folder)
 
 
 def test_a_tokenizer_of_python_alone_is_refused(folder, monkeypatch):
     monkeypatch.setattr(PreTrainedTokenizerFast, "is_fast", False)
     message = (
         f"The tokenizer of {str(folder)!r} is a slow, pure-Python one (TokenizersBackend): "
-        "take one with tokenizer.json."
+        "use a model that has a tokenizer.json."
     )
     assert message in refused(folder)
 
@@ -531,7 +531,7 @@ def test_fewer_layers_in_the_weights_than_in_the_config_are_refused(folder):
 
 def test_a_config_that_no_model_can_be_made_of_is_refused(folder):
     edit_json(folder / "config.json", num_attention_heads=5)
-    with pytest.raises(UserError, match=rf"The weights of '{folder}' cannot be loaded: .*64.*5"):
+    with pytest.raises(UserError, match=rf"The weights of '{folder}' cannot be loaded \(.*64.*5"):
         find_teacher(str(folder)).load()
 
 
