@@ -199,8 +199,8 @@ def search(
 
     By default candidates (the students that are tried) are trained in this process, and a crash in
     native code ends it. With ``workers=N`` they are trained in N other processes, and the search
-    goes on after such a crash. As these processes import the calling script, its calls must then be
-    below ``if __name__ == "__main__":``.
+    goes on after such a crash. These processes import your script, so put its call of this function
+    under ``if __name__ == "__main__":``.
 
     A model or text that is given as an object is written to ``inputs/`` in ``root``, the folder of
     all runs.
@@ -209,8 +209,8 @@ def search(
         teacher: a folder, a name on the Hugging Face hub, ``quickstart`` (all-MiniLM-L6-v2), a pair
             ``(model, tokenizer)`` of transformers objects, or a ``Student``.
         text: a parquet, jsonl, csv or txt file, a folder of such files, a data set on the hub,
-            ``quickstart`` (prose of the installed packages), a ``datasets.Dataset``, or a list of
-            texts.
+            ``quickstart`` (documentation of the installed packages), a ``datasets.Dataset``, or a
+            list of texts.
         speedup: least speed-up of a student: the teacher's latency divided by the student's. None:
             no limit.
         latency_ms: a student's largest latency, in milliseconds. None: no limit.
@@ -226,7 +226,7 @@ def search(
         The best student.
 
     Raises:
-        UserError: an argument or an input is wrong, which is found before anything is trained; the
+        UserError: an argument or an input is wrong. All are checked before anything is trained; the
             message says what to change.
     """
     from kdnas.commands.config import SearchConfig
@@ -267,7 +267,7 @@ def run(teacher: Model, text: Text, task: Task | None = None, **settings: Any) -
         The figures of the student and the baselines, the exported student, and the run's folder.
 
     Raises:
-        UserError: an argument or an input is wrong, which is found before anything is trained; the
+        UserError: an argument or an input is wrong. All are checked before anything is trained; the
             message says what to change.
     """
     from pandas import DataFrame
@@ -325,7 +325,7 @@ def distill(
         The student; its ``save_pretrained`` writes it to a folder.
 
     Raises:
-        UserError: an argument or an input is wrong, which is found before anything is trained; the
+        UserError: an argument or an input is wrong. All are checked before anything is trained; the
             message says what to change.
     """
     from kdnas.commands.distill import distill as distill_one
@@ -377,7 +377,7 @@ def glue(
         The scores of each model, in the order of ``models``.
 
     Raises:
-        UserError: an argument or an input is wrong, which is found before anything is trained; the
+        UserError: an argument or an input is wrong. All are checked before anything is trained; the
             message says what to change.
         CandidateFailed: the loss of a fine-tuning is not finite.
     """

@@ -392,8 +392,7 @@ def _check_teacher(source: Path, teacher: Teacher) -> None:
 
     if student.model_type != parent.model_type:
         raise refused(
-            f"({student.model_type}) is of another family than the teacher {name} "
-            f"({parent.model_type})"
+            f"is a {student.model_type} model, but the teacher {name} is a {parent.model_type} model"
         )
     refuse_other_inputs(find_teacher(str(source)), teacher)
     for field in ("num_hidden_layers", "hidden_size"):

@@ -377,9 +377,10 @@ class Comparison:
         return best.settings
 
     def _do(self, fits: Sequence[Fit]) -> None:
-        """Run those of the fine-tunings that are not finished.
+        """Run the fine-tunings that are not finished yet.
 
-        If one of the grid fails, its result has no score; any other failure is raised.
+        If a fine-tuning of the hyperparameter grid (``--grid``) fails, its result has no score; any
+        other failure is raised.
         """
         by_folder = {fit.job.folder: fit for fit in fits}
 

@@ -173,7 +173,7 @@ def _check_usable(
     if num_usable < LEAST_USABLE * num_rows:
         raise UserError(
             f"Only {num_usable:,} of the {num_rows:,} rows of {text!r} are usable ({dropped}): "
-            f"check that {column!r} is the right column, or remove the other rows."
+            f"check that {column!r} is the right column. If it is, remove the unusable rows."
         )
     if any(dropped.values()):
         counts = " and ".join(f"{count:,} {why}" for why, count in dropped.items() if count)

@@ -1,7 +1,7 @@
 """BERT's masking of rows of token ids.
 
 Three numbers determine a row's mask: the seed, the row's number in the corpus (``sample_id``) and
-the number of the mask among the row's masks (``variant``).
+which of the row's masks it is (``variant``, from 0).
 """
 
 from enum import IntEnum
@@ -21,15 +21,15 @@ class Draw(IntEnum):
 
 
 def row_generator(draw: Draw, seed: int, sample_id: int, variant: int = 0) -> np.random.Generator:
-    """Return a random generator that the arguments determine.
+    """Return a random generator that is seeded from the arguments.
 
-    Generators of different arguments are independent of each other.
+    Different arguments give independent generators.
 
     Args:
         draw: what the random numbers are for.
         seed: seed, below 2^32.
         sample_id: the row's number in the corpus.
-        variant: number of the mask among the row's masks, from 0.
+        variant: which of the row's masks to draw, counted from 0.
     """
     # Philox is a counter-based generator: two keys give independent streams without any warm-up.
     # Without the dtype, numpy makes floats of a large and a small number, and keys collide.
@@ -70,7 +70,7 @@ class Masker:
         Args:
             input_ids: token ids, (length,).
             sample_id: the row's number in the corpus.
-            variant: number of the mask among the row's masks, from 0.
+            variant: which of the row's masks to draw, counted from 0.
         """
         generator = row_generator(Draw.MASK, self.seed, sample_id, variant)
         draws = generator.random((2, len(input_ids)))

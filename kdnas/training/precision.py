@@ -111,12 +111,14 @@ def autocast(device_type: str, precision: str = "auto") -> torch.autocast:
 
 
 def autocast_dtype(device_type: str, precision: str = "auto") -> torch.dtype:
-    """Return the precision of matrix products under ``autocast``.
+    """Return the dtype of matrix products under ``autocast``: bfloat16 if faster, or float32.
+
+    ``bf16_is_faster`` decides. On a GPU it is float32 for the precisions ``32-true`` and
+    ``64-true``.
 
     Args:
         device_type: type of the device, such as ``cpu`` or ``cuda``.
-        precision: ``precision`` of Lightning's Trainer. On a GPU, ``32-true`` and ``64-true`` rule
-            out bfloat16. On a CPU this argument is ignored, and ``bf16_is_faster`` decides.
+        precision: the Trainer's ``precision``; a CPU ignores it.
     """
     is_refused = device_type != "cpu" and precision in ("32-true", "64-true")
     return torch.bfloat16 if bf16_is_faster(device_type) and not is_refused else torch.float32

@@ -481,7 +481,7 @@ def test_a_student_of_another_teacher_is_refused(
     other = save_teacher(tmp_path / "other", "roberta")
     assert export(student, f"--teacher={other}") == 2
     assert (
-        f"(bert) is of another family than the teacher {str(other)!r} (roberta)"
+        f"is a bert model, but the teacher {str(other)!r} is a roberta model"
         in capsys.readouterr().err
     )
     shorter = save_teacher(tmp_path / "shorter", max_position_embeddings=30)
