@@ -35,8 +35,8 @@ def find_file(folder: Path, *splits: str) -> Path:
         if path.is_file():
             return path
     raise UserError(
-        f"The task has no file {str(paths[0])!r}: put train.parquet and {splits[0]}.parquet, or "
-        "csv or tsv files of these names, into its folder."
+        f"The task has no file {str(paths[0])!r}: put it, or a csv or tsv file of this name, into "
+        "the task's folder."
     )
 
 

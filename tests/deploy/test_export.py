@@ -549,7 +549,7 @@ def test_predict_needs_neither_torch_nor_transformers(source: Path, tmp_path: Pa
 @pytest.mark.parametrize("length", [1, 41])
 def test_a_length_beyond_the_positions_is_refused(source: Path, tmp_path: Path, length: int):
     with pytest.raises(
-        UserError, match=f"length is {length}: the student .* takes from 2 to 40 tokens"
+        UserError, match=f"length is {length}, but the student .* takes from 2 to 40 tokens"
     ):
         export_student(source, tmp_path / "student", card=PLAIN, length=length)
     assert [path.name for path in tmp_path.iterdir()] == ["source"]

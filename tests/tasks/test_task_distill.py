@@ -63,7 +63,7 @@ def test_task_loss_by_hand():
 
 
 def test_shapes_that_would_broadcast_are_refused():
-    with pytest.raises(ValueError, match=r"\(2, 3\) and \(2, 1\)"):
+    with pytest.raises(ValueError, match=r"\(2, 3\), .* \(2, 1\): give both the same shape"):
         soft_loss(torch.zeros(2, 3), torch.zeros(2, 1), 2.0)
     with pytest.raises(ValueError, match=r"\(2, 4\) and \(2, 1\)"):
         hidden_loss(torch.zeros(1, 2, 4), torch.zeros(1, 2, 1), torch.ones(1, 2, dtype=torch.bool))
@@ -189,7 +189,7 @@ def test_teachers_that_do_not_fit_are_refused(tmp_path):
     rte = TASKS["rte"]
     with pytest.raises(UserError, match="bare' is not fine-tuned: it has no head for 'rte'"):
         load_task_teacher(str(save_teacher(tmp_path / "bare")), rte, STUDENT)
-    with pytest.raises(UserError, match="three' has 3 outputs, but the task 'rte' needs 2"):
+    with pytest.raises(UserError, match="three' has 3 outputs, and 'rte' needs 2"):
         load_task_teacher(str(save_classifier(tmp_path / "three", 3)), rte, STUDENT)
     names = save_classifier(tmp_path / "names")
     model = load_classifier(names, 2)

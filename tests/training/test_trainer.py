@@ -83,7 +83,7 @@ def test_several_processes_are_refused(monkeypatch):
     TrainerSettings().check()
     monkeypatch.setenv("WORLD_SIZE", "4")
     with pytest.raises(
-        UserError, match=r"^WORLD_SIZE is 4: .* give --workers .* `kdnas run` for DDP"
+        UserError, match=r"^WORLD_SIZE is 4, .* give --workers .* `kdnas run` for DDP"
     ):
         TrainerSettings().check()
 
@@ -105,7 +105,7 @@ def test_random_numbers_are_our_own_without_a_warning_of_other_gpus(monkeypatch)
 
 
 def test_an_accelerator_that_is_not_there_is_refused():
-    with pytest.raises(UserError, match=r"^accelerator is 'tpu-9': "):
+    with pytest.raises(UserError, match=r"^accelerator is 'tpu-9', "):
         TrainerSettings(accelerator="tpu-9").check()
 
 
@@ -116,7 +116,7 @@ def test_strategies_that_keep_a_student_whole_are_taken_and_all_others_refused()
         try:
             refuse_strategy(name)
         except UserError as error:
-            assert str(error).startswith(f"strategy is {name!r}: give 'ddp'")
+            assert str(error).startswith(f"strategy is {name!r}, ") and "give 'ddp'" in str(error)
             refused.add(name)
     taken = set(names) - refused
     assert {"auto", "ddp", "single_device"} < taken
