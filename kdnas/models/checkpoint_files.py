@@ -68,8 +68,7 @@ def read_config(path: Path) -> PreTrainedConfig:
     model_type = str(values["model_type"])
     if elsewhere := [key for key in _ELSEWHERE if values.get(key) is not None]:
         raise ValueError(
-            f"config.json sets {elsewhere[0]}, which refers to other files: use a checkpoint "
-            "without it"
+            f"config.json sets {elsewhere[0]}, which kdnas does not read: use a checkpoint without it"
         )
     config_class = CONFIG_MAPPING[model_type]
     known = {*config_class().to_dict(), *config_class.attribute_map, "num_labels"}
