@@ -135,13 +135,9 @@ def _shipped(name: str) -> str:
 
 
 def _one_value_each(args: Sequence[str], hints: dict[str, Any]) -> list[str]:
-    """Return the arguments with list options rewritten in the form that the parser reads.
+    """Rewrite list options as the parser reads them.
 
     For instance, ``--batch 1 8`` becomes ``--batch=[1] --batch+=[8]``.
-
-    Args:
-        args: the arguments.
-        hints: maps the name of each option to its type, such as ``list[int]``.
     """
     lists = {
         f"--{name}": get_args(kind)[0] for name, kind in hints.items() if get_origin(kind) is list
@@ -215,6 +211,7 @@ def parse(parser: ArgumentParser, args: Sequence[str]) -> Namespace:
                 r"Expected a (?:<class '([\w.]+)'>|typing\.Literal\[(.*?)\])", message
             )
             wanted = [_KINDS.get(kind, kind) for pair in kinds for kind in pair if kind]
+            # Of a union, one alternative may have failed by a message of its own, which says more.
             if value and wanted and message.count(" - ") in (0, len(kinds)):
                 message = f"{wrong[1]} is {value[1]!r}: give {' or '.join(dict.fromkeys(wanted))}"
         # The message begins with the option and ends with the value: cut the middle.

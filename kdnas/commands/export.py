@@ -201,11 +201,7 @@ def _task_and_corpus(
 def _rows(
     choice: _Choice, task: LoadedTask | None, corpus: Corpus | None, sentences: Sentences | None
 ) -> MakeRows | None:
-    """Return a function that makes, from a tokenizer, the rows for the export's checks.
-
-    They are from ``sentences`` or else the task or else the corpus. None: there is none of these,
-    so the checks use random words.
-    """
+    """Return a function that makes the rows for the checks; None: check on random words."""
     if sentences:
         return rows_of_texts(sentences.train, sentences.held_out)
     if task:
@@ -218,10 +214,7 @@ def _rows(
 
 
 def _sentences(teacher: Teacher, corpus: Corpus | None, task: LoadedTask | None) -> Sentences:
-    """Return a teacher with the texts on which it is compared with its student.
-
-    The texts are the corpus or, without one, the sentences of the task.
-    """
+    """Return the texts on which sentence vectors are compared: a corpus, or a task's sentences."""
     check_sentences(task)
     if corpus is not None:
         return Sentences(teacher, corpus.train, corpus.held_out, task)

@@ -349,14 +349,7 @@ class Comparison:
         return list({(one.plain or one).key: one.plain or one for one in self.contenders}.values())
 
     def _settings(self, one: Contender, task: LoadedTask, grid: Sequence[Fit]) -> FinetuneSettings:
-        """Return the settings with which a contender is fine-tuned on a task.
-
-        Args:
-            one: the contender.
-            task: the task.
-            grid: finished fine-tunings of the grid, the best of which gives the settings; empty:
-                the settings are the config's.
-        """
+        """Return a contender's settings on a task: the config's, or the best of the grid."""
         if not grid:
             return self.config.finetune
         plain, name = one.plain or one, task.task.name

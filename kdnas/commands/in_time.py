@@ -221,10 +221,7 @@ def cut_to(config: RunConfig, measured: Measured, minutes: float) -> RunConfig:
 
 
 def _options(config: RunConfig, measured: Measured) -> Iterator[dict[str, Any]]:
-    """Yield the settings that ``cut_to`` tries, each time as ``{name in YAML: lowered value}``.
-
-    The first dictionary is empty; those that follow lower more and more settings.
-    """
+    """Yield sets of settings to lower, for ``cut_to``: first none, then more and more, last all."""
     enough, fewest = _shares(config, measured)
     first = [
         {"full_kd.num_epochs": 2},
@@ -264,11 +261,7 @@ def _shares(config: RunConfig, measured: Measured) -> tuple[float, float]:
 
 
 def _fewer_rows(share: float, least: float) -> list[dict[str, Any]]:
-    """Return settings of ``data.fraction``, the share of the text's rows that is used.
-
-    Each share is a fifth smaller than the one before; they go from below ``share`` down to
-    ``least``.
-    """
+    """Return shares of the text from ``share`` down to ``least``, each a fifth smaller."""
     shares = []
     while share > least:
         share = max(least, 0.8 * share)
@@ -277,10 +270,7 @@ def _fewer_rows(share: float, least: float) -> list[dict[str, Any]]:
 
 
 def _is_lower(config: RunConfig, name: str, value: Any) -> bool:
-    """Whether a setting may be lowered to ``value``: it has its default, and ``value`` is lower.
-
-    For the setting ``pruner`` every value counts as lower.
-    """
+    """Whether a setting is at its default and ``value`` is lower."""
     asked = value_of(config, name)
     if asked != value_of(RunConfig(teacher="", text=""), name):
         return False

@@ -449,10 +449,7 @@ def _content(inputs: Inputs) -> dict[str, Any]:
 
 
 def _keep_matmuls(run: Run) -> None:
-    """Compute CPU matrix products in the precision with which the run began.
-
-    On this machine another precision may be faster, but it would change the results.
-    """
+    """Use the CPU matrix precision with which the run began, even if it is slower here."""
     path = run.folder / "cpu_matmuls.json"
     known = read_json(path) if path.exists() else None
     computed_in = keep(known)
@@ -461,10 +458,7 @@ def _keep_matmuls(run: Run) -> None:
 
 
 def _refuse_hidden_device(config: SearchConfig) -> None:
-    """Raise an error if latency is to be measured on a GPU that worker processes do not see.
-
-    Each worker sees only its own GPU, as ``cuda:0``.
-    """
+    """Raise an error for ``cuda:1`` and higher with workers: each sees only its own GPU, 0."""
     kind, _, number = config.latency.device.partition(":")
     if config.workers != 0 and number not in ("", "0"):
         raise UserError(

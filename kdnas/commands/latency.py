@@ -86,11 +86,7 @@ def latency_table(config: LatencyConfig, console: Console | None = None) -> list
 
 
 def _picture(json: str) -> Path:
-    """Return the path of the picture beside the file ``json``.
-
-    Raises:
-        UserError: one of the two cannot be written.
-    """
+    """Return the path of the picture beside a JSON file; check that both can be written."""
     path = Path(json)
     picture = path.with_suffix(".png") if path.name else path
     if path == picture or path.is_dir() or picture.is_dir():
@@ -203,13 +199,7 @@ def _table(rows: list[dict[str, Any]]) -> Table:
 
 
 def _draw(rows: list[dict[str, Any]]) -> Figure:
-    """Return a figure of median latencies with their interquartile ranges, by batch and length.
-
-    It has a line for each model, backend and number of threads.
-
-    Args:
-        rows: the rows of the JSON file.
-    """
+    """Draw medians with interquartile ranges: a line per model, backend and number of threads."""
     shapes, names = list(dict.fromkeys(map(_shape, rows))), _names(rows)
     lines: dict[str, list[dict[str, Any]]] = {}
     for row in rows:

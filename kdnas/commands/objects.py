@@ -42,13 +42,7 @@ def as_paths(**asked: Any) -> dict[str, Any]:
 
 
 def _path(value: Any, inputs: Path, write: Callable[[Any, Path], str]) -> str:
-    """Return a path or name as text; for an object, return the path of its new folder.
-
-    Args:
-        value: a path, a name or an object.
-        inputs: folder in which the object's folder is made, named by a hash of the content.
-        write: writes an object to a folder, and returns a name for it.
-    """
+    """Return a path or name as text; write an object to a folder named by its content's hash."""
     if isinstance(value, str | os.PathLike):
         return os.fspath(value)
     check_writable(inputs, "root")

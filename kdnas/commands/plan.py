@@ -387,11 +387,7 @@ def _teacher(sample: Sample) -> tuple[TeacherStates, Cost, float]:
 
 
 def _looks(found: Inputs) -> Looks:
-    """Measure the latency of some random students of the search space.
-
-    Args:
-        found: the inputs, with search space, budget and meter of latency.
-    """
+    """Measure the latency of some random students of the search space."""
     archs, budget = list(found.space), found.config.search.budget
     order = np.random.default_rng(found.config.seed).permutation(len(archs))
     begin = time.perf_counter()
@@ -429,15 +425,7 @@ def _finetuning(
     name: str,
     model: PreTrainedModel,
 ) -> Rates:
-    """Fine-tune a model for an epoch on the sample's rows, and return the measured ``Rates``.
-
-    Args:
-        sample: the sample; results go to its folder.
-        config: config of the run.
-        task: the sample's labelled rows.
-        name: name of the subfolder for the results.
-        model: the classifier to fine-tune.
-    """
+    """Measure the seconds per row of fine-tuning a model."""
 
     def finetune(timer: Timer) -> None:
         evaluate_glue(
@@ -462,15 +450,7 @@ def _distillation(
     calibration: CalibrationRows,
     recipe: Recipe,
 ) -> Rates:
-    """Distil a student for an epoch on the sample's rows, and return the measured ``Rates``.
-
-    Args:
-        sample: the sample; results go to its folder.
-        arch: shape of the student.
-        states: the teacher's hidden states of the rows.
-        calibration: rows on which the student is initialised.
-        recipe: how the student is distilled.
-    """
+    """Measure the seconds per token of distilling a student."""
     found = sample.found
 
     def distil(timer: Timer) -> None:
@@ -483,13 +463,7 @@ def _distillation(
 
 
 def _rates(one_epoch: Callable[[Timer], object], num_train: int, num_scored: int) -> Rates:
-    """Time one epoch of a fit, and return its ``Rates``.
-
-    Args:
-        one_epoch: runs the fit, with the given timer among its callbacks.
-        num_train: number of tokens or rows on which the epoch trains.
-        num_scored: number of tokens or rows that are scored after it.
-    """
+    """Time one epoch of a fit: it trains on ``num_train`` tokens or rows, scores ``num_scored``."""
     timer = Timer()
     begin = time.perf_counter()
     one_epoch(timer)
@@ -540,10 +514,7 @@ def _teacher_stages(measured: Measured, config: SearchConfig) -> tuple[Stage, li
 
 
 def _num_trials(measured: Measured, config: SearchConfig) -> int:
-    """Return the number of candidates that the search will train.
-
-    It is ``n_trials`` or, if fewer, the estimated number of students within the budget.
-    """
+    """Return the number of candidates to train: ``n_trials``, or all within the budget if fewer."""
     most = max(1, round(measured.looks.share * measured.num_archs))
     return min(config.search.n_trials, most)
 
@@ -573,10 +544,7 @@ def _search(measured: Measured, config: SearchConfig) -> Stage:
 
 
 def _later(measured: Measured, config: RunConfig) -> list[Stage]:
-    """Return the expected stages after the search: full KD, fine-tuning and export.
-
-    The student is taken to be the slowest measured one within the budget.
-    """
+    """Return the stages after the search, for a student near the budget's latency limit."""
     looks, fitting = measured.looks, measured.finetuning
     student_bytes = 4 * looks.within[looks.ends()[-1]].num_parameters
     stages = []

@@ -159,10 +159,7 @@ def _differing(
 
 
 def _row(run: Run, study: Study) -> dict[str, str]:
-    """Return a run's row of the table that compares runs, as ``{heading: text}``.
-
-    It has the best candidate of the search, and the results of later stages that are finished.
-    """
+    """Return a run's row of the table: best candidate and results of finished later stages."""
     full_kd, results, exported = stage_results(run)
     best = best_trial(study)
     attrs = best.user_attrs if best else {}

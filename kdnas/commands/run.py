@@ -262,15 +262,7 @@ def _opened(
     seconds: dict[str, float],
     choice: Choice | None = None,
 ) -> Iterator[RunContext]:
-    """Context manager that opens a run with its inputs and engine, and locks it.
-
-    Args:
-        config: config of the search or run.
-        console: where to print.
-        seconds: gets an entry with the seconds that reading the inputs takes.
-        choice: the settings that were lowered for the time budget, to be saved; None: there are
-            none.
-    """
+    """Context manager that opens a run with its inputs and engine, and locks it."""
     try:
         with open_engine(config.num_workers, config.executor) as engine:
             with _timed(seconds, "reading"):
@@ -442,11 +434,7 @@ def full_kd_stage(context: RunContext, config: RunConfig, arch: StudentArch) -> 
 
 
 def _kept_files(context: RunContext, arch: StudentArch) -> dict[str, Path]:
-    """Return a candidate's files of weights and optimizer state, by name, if they exist.
-
-    Args:
-        context: the run.
-        arch: shape of the candidate.
+    """Return name -> file: a candidate's weights and optimizer state, as far as they exist.
 
     Raises:
         UserError: a file is damaged.
@@ -506,14 +494,7 @@ class Role(Contender):
 
 
 def _roles(context: RunContext, config: RunConfig, arch: StudentArch, task: str) -> list[Role]:
-    """Return the models of the final table: the teacher, then the student and the baselines.
-
-    Args:
-        context: the run.
-        config: config of the run.
-        arch: shape of the student.
-        task: name of the task.
-    """
+    """Return the models of the final table: the teacher, then the student and the baselines."""
     folder, teacher = context.run.glue, context.inputs.teacher
     kept = folder / "layer_cut" / "shape.yaml"
     if not kept.exists():

@@ -285,10 +285,7 @@ class KDDataModule(ResumableDataModule):
     def _write_pieces(
         self, folder: Path, corpus: Corpus, tokenizer: PreTrainedTokenizerBase
     ) -> None:
-        """Tokenise the pieces (ranges of rows) that ``folder`` lacks, and write them there.
-
-        One process per core does so.
-        """
+        """Tokenise the pieces (ranges of rows) that ``folder`` lacks, with one process per core."""
         settings = self.settings
         masker = Masker(
             tokenizer.mask_token_id,
@@ -344,13 +341,6 @@ class KDDataModule(ResumableDataModule):
         """Yield for each row its token ids and the index at which its second sentence begins.
 
         For a row without a second sentence, the index is the number of its tokens.
-
-        Args:
-            rows: numbers of the rows.
-            texts: the texts of all rows.
-            make_pair_of: function from a row's number to the row's sentence pair, or to None if the
-                row is no pair.
-            tokenizer: the teacher's tokenizer.
         """
         # Cut the text first: a tokenizer makes all tokens of a long row before it truncates them.
         most = CHARACTERS_A_TOKEN * self.settings.max_length

@@ -59,15 +59,10 @@ def _piece(words: list[str], rng: np.random.Generator) -> list[str]:
 def _neighbours(
     words: list[str], sentences: list[list[str]], rng: np.random.Generator
 ) -> tuple[list[str], list[str]]:
-    """Return a pair of neighbouring pieces: words before and words after a random sentence end.
+    """Return the words before and the words after a random sentence end, as a pair of texts.
 
-    Each piece has a random length. If there is only one sentence, a random gap between two words is
-    used instead of a sentence end.
-
-    Args:
-        words: all words of the paragraph.
-        sentences: the words of each sentence.
-        rng: random generator.
+    Only some of the words are taken. If there is only one sentence, a random gap between two words
+    is used.
     """
     ends = np.cumsum([len(sentence) for sentence in sentences])[:-1]
     cut = int(rng.choice(ends if len(ends) else np.arange(1, len(words))))

@@ -138,15 +138,10 @@ def _root(package: str) -> Path:
 def _package_rows(
     package: str, root: Path, num_rows: int, is_new: Callable[[str], bool]
 ) -> list[dict[str, str]]:
-    """Return at most ``num_rows`` paragraphs from the docstrings of a package, as rows.
+    """Return at most ``num_rows`` paragraphs of a package's docstrings; the first are held out.
 
-    A row has ``text``, ``package``, ``module`` and ``split``; the first rows are the held-out ones.
-
-    Args:
-        package: name of the package.
-        root: folder of the package; its modules are taken in a fixed random order.
-        num_rows: largest number of rows.
-        is_new: function that tells whether to take a paragraph.
+    Modules are taken in a fixed random order. Only paragraphs for which ``is_new`` returns True are
+    taken.
     """
     modules = {}
     for path in sorted(root.rglob("*.py")):
@@ -170,11 +165,7 @@ def _package_rows(
 
 
 def _balanced(examples: list[tuple[str, str]]) -> pa.Table:
-    """Return a table of ``sentence`` and ``label`` with equally many rows of each package.
-
-    Args:
-        examples: pairs of a text and the name of its package, which becomes the label.
-    """
+    """Return a table of (text, package) with equally many rows of each package."""
     from datasets import ClassLabel, Features, Value
 
     labels = sorted(PACKAGES)

@@ -87,15 +87,7 @@ def text_sha256(text: str, column: str, known: Path) -> str:
 
 
 def _file_hashes(text: str, files: Sequence[Path], known: Path) -> dict[str, list[Any]]:
-    """Return a dictionary from each file's resolved path to its size, modification time and hash.
-
-    The JSON file ``known`` caches them; files that have changed are hashed again.
-
-    Args:
-        text: the source, for messages.
-        files: the files of the source.
-        known: the cache.
-    """
+    """Return the stamp (size, modification time) and hash of each file, by its resolved path."""
     with _readable(text):
         stamps = {str(path.resolve()): stamp(path) for path in files}
 
@@ -114,10 +106,7 @@ def _file_hashes(text: str, files: Sequence[Path], known: Path) -> dict[str, lis
 
 @contextmanager
 def _readable(text: str) -> Iterator[None]:
-    """Context manager that turns an OSError into a UserError.
-
-    The message says that the source ``text`` cannot be read.
-    """
+    """Context manager that turns an OSError into a UserError: ``text`` cannot be read."""
     try:
         yield
     except OSError as error:
@@ -274,16 +263,7 @@ def _dicts(batch: pa.RecordBatch) -> Iterator[dict[str, Any]]:
 
 
 def _batches(path: Path, file: pq.ParquetFile, names: list[str]) -> Iterator[pa.RecordBatch]:
-    """Yield batches of a parquet file's rows; refuse a file that unpacks to far more than its size.
-
-    Args:
-        path: path of the file.
-        file: the opened file.
-        names: the columns to read.
-
-    Raises:
-        ValueError: the file is refused.
-    """
+    """Yield batches of rows; refuse a parquet file that unpacks to far more than its size."""
     packed, metadata = path.stat().st_size, file.metadata
     groups = map(metadata.row_group, range(metadata.num_row_groups))
     unpacked = sum(group.total_byte_size for group in groups)
@@ -360,10 +340,7 @@ def _hub(name: str, column: str) -> Any:
 
 
 def _wanted(names: list[str], column: str) -> list[str]:
-    """Return which columns to read: ``column`` and, if it exists, ``split``.
-
-    If ``column`` does not exist, all are returned.
-    """
+    """Return the columns to read: ``column`` and ``split``; all if ``column`` does not exist."""
     return [name for name in names if name in (column, "split")] if column in names else names
 
 

@@ -221,19 +221,10 @@ def _parity_lengths(longest: int) -> list[int]:
 def _check_parity(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: Path, tolerance: float
 ) -> float:
-    """Return the largest difference between the outputs of a model and of its ONNX graph.
+    """Return the largest difference between torch and onnxruntime on real tokens.
 
-    Outputs at padding are left out. The rows are single and in padded batches, from 1 token up to
-    the longest rows that ``MOST_SCORES`` allows.
-
-    Args:
-        model: the model, which torch runs.
-        tokenizer: the model's tokenizer.
-        path: the graph, which onnxruntime runs.
-        tolerance: largest allowed difference.
-
-    Raises:
-        ParityError: the difference is above ``tolerance``.
+    The difference is measured on single rows and on padded batches, from 1 token up to the longest
+    rows that ``MOST_SCORES`` allows. A difference above ``tolerance`` raises ``ParityError``.
     """
     output = output_name(model)
     session = open_session(path)

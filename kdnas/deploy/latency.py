@@ -364,11 +364,7 @@ def threads(number: int) -> Iterator[None]:
 def _running(
     models: Sequence[nn.Module | Path], settings: LatencySettings
 ) -> Iterator[Sequence[Callable[..., Any]]]:
-    """Context manager that prepares models for a backend, and gives a function for each.
-
-    The function runs its model on a batch, whose inputs are keyword arguments. The functions are in
-    the order of ``models``.
-    """
+    """Context manager that gives, for each model, a function which runs it on a batch."""
     device = settings.device
     modules = [model for model in models if isinstance(model, nn.Module)]
     no_autocast = torch.autocast(torch.device(device).type, enabled=False)
@@ -411,14 +407,10 @@ def _deployed(models: Sequence[nn.Module], device: str) -> Iterator[None]:
 
 
 def _timed(turn: Sequence[Callable[[], Any]], device: torch.device, share: float) -> list[float]:
-    """Run a model for at least ``share`` seconds; return the seconds of each forward pass.
+    """Run a model for ``share`` seconds and return the time of each forward pass, in seconds.
 
-    All batches run equally often. An untimed pass comes first.
-
-    Args:
-        turn: for each batch a function that runs the model on it.
-        device: device of the model.
-        share: seconds.
+    ``turn`` has a function for each batch, which runs the model on it. All batches run equally
+    often, after one untimed pass.
     """
     turn[0]()
     times: list[float] = []

@@ -184,12 +184,7 @@ def config_beside(path: Path) -> PreTrainedConfig:
 
 @contextmanager
 def _told_if_full(source: Path, target: Path) -> Iterator[None]:
-    """Context manager for native code: if it fails on a full disk, raise an OSError that says so.
-
-    Args:
-        source: the file that is read; with less free space than its size, a disk counts as full.
-        target: the file that is written.
-    """
+    """Context manager: if native code fails because the disk is full, raise the disk's error."""
     try:
         yield
     except OSError:

@@ -117,10 +117,7 @@ class Recipe:
 
 @cache
 def _on_device(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return a tensor of the values on a device.
-
-    It is cached, so do not change it in place.
-    """
+    """Return the values as a tensor on the device; it is cached, so do not change it in place."""
     with torch.inference_mode(False):  # a cached inference tensor could not enter autograd later
         return torch.tensor(values, dtype=dtype, device=device)
 
@@ -351,15 +348,7 @@ class HiddenStateDistillModule(ClipFusedGradients):
         return batch["texts"], view.pooled(view.mask_BT)
 
     def _held_out_metrics(self) -> tuple[dict[str, float], dict[str, float]]:
-        """Return two dictionaries of held-out metrics: of the student, and of parts of the loss.
-
-        The first has ``loss``, ``contextual_share`` and ``sentence_r2``. The second has the errors
-        of each loss term and on each teacher layer.
-
-        Raises:
-            CandidateFailed: the loss is not finite.
-            UserError: the held-out rows have nothing that the loss can compare.
-        """
+        """Return held-out metrics: of the student as a whole, and of each loss term and layer."""
         means, counts = self.val_errors.compute().cpu()
         if not torch.isfinite(means).all():
             raise CandidateFailed(
@@ -395,14 +384,7 @@ class HiddenStateDistillModule(ClipFusedGradients):
         return {"contextual_share": share, "sentence_r2": r2}
 
     def _term_metrics(self, means: list[float]) -> dict[str, float]:
-        """Return metrics of each loss term, and of each teacher layer that a term learns.
-
-        The result maps names to numbers. A term has its mean error. A layer has the lowest mean
-        error of its terms, and the R^2 and the contextual share that follow from this error.
-
-        Args:
-            means: mean error of each loss term.
-        """
+        """Return metrics: each loss term's mean error, and each teacher layer's lowest error."""
         metrics = {}
         best: dict[int, float] = {}
         for term, mean in zip(self.terms, means, strict=True):
@@ -423,13 +405,9 @@ class HiddenStateDistillModule(ClipFusedGradients):
         return self.states.stats[layer]
 
     def _weights(self, scale: str) -> Tensor:
-        """Return the factors by which the loss multiplies the mean errors of its terms, (terms,).
+        """Return the loss terms' weights, (terms,), divided by a variance if ``Term.scaled``.
 
-        A factor is the term's weight; if ``Term.scaled``, the weight divided by the variance of the
-        term's teacher layer.
-
-        Args:
-            scale: name of the field of ``LayerStats`` that holds this variance.
+        ``scale`` names the field of ``LayerStats`` that holds the variance of the term's layer.
         """
         weights = tuple(
             term.weight / getattr(self.stats(term.layer), scale)

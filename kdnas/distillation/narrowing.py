@@ -195,10 +195,7 @@ class TeacherStream:
 
 
 def _last_norms(teacher: Any) -> list[nn.Module]:
-    """Return the layer norms that end the teacher's layers, one per layer.
-
-    Pre-norm models have none; for them, the list holds only the norm after the last layer.
-    """
+    """Return the norm that ends each teacher layer; in pre-norm models, only the final norm."""
     family = family_of(teacher.config)
     if family.norm_first:
         return [teacher.final_norm]
@@ -226,12 +223,7 @@ class CalibrationRows(list[Batch]):
 
 
 def _embedded(model: PreTrainedModel, rows: Sequence[Batch]) -> tuple[Tensor, Tensor]:
-    """Run a model's embeddings on all rows.
-
-    Returns:
-        The inputs of the embeddings' layer norm, and the outputs of the embeddings. Each is a
-        tensor (N, width) of the N real tokens of the rows.
-    """
+    """Run the embeddings on all rows; return inputs of their layer norm and outputs, (N, width)."""
     before: list[Tensor] = []
     with embedding_norm(model).register_forward_hook(
         lambda module, inputs, output: before.append(inputs[0])
@@ -245,10 +237,7 @@ def _embedded(model: PreTrainedModel, rows: Sequence[Batch]) -> tuple[Tensor, Te
 
 
 class _LayerRun(NamedTuple):
-    """Intermediate results of one teacher layer on the calibration rows.
-
-    Each tensor has one vector per token, except ``activity``, which has one number per neuron.
-    """
+    """Intermediate results of one teacher layer on the calibration rows: a tensor (N, ...) each."""
 
     query: Tensor
     key: Tensor
@@ -302,14 +291,7 @@ class _Narrowing:
     def _layers(
         self, sources: list[int], ends: list[int], heads: list[list[int]], z: Tensor
     ) -> None:
-        """Fit the student's layers, from first to last.
-
-        Args:
-            sources: for each student layer, number of the teacher layer from which it is made.
-            ends: for each student layer, number of the teacher layer whose output it should match.
-            heads: for each student layer, numbers of the teacher heads to keep.
-            z: output of the student's embeddings, (tokens, width).
-        """
+        """Fit the student's layers, first to last; z: its embedding output, (tokens, width)."""
         for number, (source, end) in enumerate(zip(sources, ends, strict=True)):
             z = self._layer(number, source, end, heads[number], z)
 
@@ -339,34 +321,17 @@ class _Narrowing:
         return _fit_norm(embedding_norm(self.student), before, target)
 
     def _heads(self, sources: list[int]) -> list[list[int]]:
-        """Return, for each of these teacher layers, the numbers of the heads to keep, ascending.
-
-        They are the heads that change the hidden states most.
-
-        Args:
-            sources: numbers of the teacher layers.
-        """
+        """Return for each teacher layer the heads that change the hidden states most, ascending."""
         importance = self._importance(sources)
         most = importance.topk(self.ours.num_attention_heads, dim=1).indices
         return most.sort(dim=1).values.tolist()
 
     def _importance(self, sources: list[int]) -> Tensor:
-        """Return how much each head of these teacher layers changes the hidden states.
-
-        Args:
-            sources: numbers of the L teacher layers.
-
-        Returns:
-            A tensor (L, A) for layers of A heads.
-        """
+        """Return how much each head of these teacher layers changes the hidden states, (L, A)."""
         return torch.stack([self._moved(source) for source in sources])
 
     def _shared(self, heads: list[list[int]]) -> None:
-        """Initialise parameters that all student layers share; most families have none.
-
-        Args:
-            heads: for each student layer, numbers of the teacher heads to keep.
-        """
+        """Fit parameters that all layers of a model share; most families have none."""
 
     def _layer(self, number: int, source: int, end: int, heads: list[int], z: Tensor) -> Tensor:
         """Fit one student layer, and return the student's hidden states after it, (tokens, width).
@@ -395,17 +360,7 @@ class _Narrowing:
         return self._settle(norm, z, target)
 
     def _attention(self, number: int, source: int, heads: list[int], z: Tensor) -> Tensor:
-        """Fit the attention of a student layer and the norm after it.
-
-        Args:
-            number: number of the student layer.
-            source: number of the teacher layer from which the student layer is made.
-            heads: numbers of the heads of ``source`` to keep.
-            z: the student's hidden states before the layer, (tokens, width).
-
-        Returns:
-            The student's hidden states after the attention, (tokens, width).
-        """
+        """Fit a student layer's attention and its norm; return their output, (tokens, width)."""
         layer = self.layers[number]
         norm = layer.get_submodule(self.names.attention_norm)
         queries, keys, values = self._cut(source, heads)
@@ -421,11 +376,7 @@ class _Narrowing:
         return self._settle(norm, z, target)
 
     def _prepare(self, layer: nn.Module, source: int, heads: list[int], neurons: Tensor) -> None:
-        """Set the key maps of a student layer to 0, before they are fitted.
-
-        Then head dimensions that the fit leaves out do not change attention scores. Only a subclass
-        uses the other arguments.
-        """
+        """Set key maps to 0, so that unused head dimensions do not change attention scores."""
         for linear in self._score_maps(layer, "key"):
             linear.weight.zero_()
             if linear.bias is not None:
@@ -435,55 +386,26 @@ class _Narrowing:
         return fit_linear(linear, inputs, targets, num_heads, adds=self.adds)
 
     def _fit_heads(self, layer: nn.Module, part: str, inputs: Tensor, targets: Tensor) -> Tensor:
-        """Fit the query, key or value map of a student layer, and return the map's output.
-
-        Args:
-            layer: the student layer.
-            part: which map: ``query``, ``key`` or ``value``.
-            inputs: inputs of the map, one vector per token.
-            targets: outputs that the map should give, one vector per token.
-        """
+        """Fit a layer's query, key or value map (``part``) to targets; return its output."""
         linear = _Linear(*attention_part(self.family, layer, part))
         return self._fit(linear, inputs, targets, self.ours.num_attention_heads)
 
     def _score_maps(self, layer: Any, part: str) -> list[Any]:
-        """Return the linear maps that compute the queries or the keys of a layer.
-
-        Args:
-            layer: the layer.
-            part: ``query`` or ``key``.
-        """
+        """Return the linear maps of a layer that compute its queries or keys (``part``)."""
         return [_Linear(*attention_part(self.family, layer, part))]
 
     def _fit_scores(self, layer: Any, part: str, inputs: Tensor, targets: Tensor) -> Tensor:
-        """Fit the linear maps that compute the queries or the keys of a student layer.
-
-        Args:
-            layer: the student layer.
-            part: ``query`` or ``key``.
-            inputs: inputs of the maps, one vector per token.
-            targets: queries or keys that the maps should give.
-
-        Returns:
-            The queries or keys of the tokens, as the fitted maps give them.
-        """
+        """Fit a layer's query or key maps (``part``) to targets; return their output for tokens."""
         return self._fit_heads(layer, part, inputs, targets)
 
     # Pre-norm families (norms before the parts of a layer) override the next methods.
 
     def _read(self, norm: Any, z: Tensor) -> Tensor:
-        """Return the input of a layer's attention or feed-forward part.
-
-        It is ``z``, the hidden states before the part; in pre-norm families, ``norm(z)``.
-        """
+        """Return the input of attention or feed-forward: z, after the norm in pre-norm families."""
         return z
 
     def _settled(self, norm: Any, before: Tensor) -> Tensor:
-        """Return the teacher's hidden states after an attention or feed-forward part.
-
-        They are ``norm(before)``, where ``before`` is the part's input plus its output. In pre-norm
-        families they are ``before`` itself.
-        """
+        """Return the teacher's states after a sublayer: after its norm, in post-norm families."""
         return norm(before)
 
     def _settle(self, norm: Any, z: Tensor, target: Tensor) -> Tensor:
@@ -495,20 +417,14 @@ class _Narrowing:
         return _fit_norm(norm, z, target)
 
     def _outputs(self, neurons: Tensor) -> Tensor:
-        """Return the indices of these neurons among the outputs of the first feed-forward map.
-
-        A neuron with a gate has two outputs.
-        """
+        """Return the indices of these neurons in the output of the intermediate linear map."""
         return neurons
 
     def _activate(self, inner: Tensor, hidden_act: str) -> Tensor:
         return ACT2FN[hidden_act](inner)
 
     def _attention_goal(self, source: int) -> tuple[Tensor, Tensor]:
-        """Return least-squares targets for the output and the input of the norm after attention.
-
-        They are computed from teacher layer ``source``, each of shape (tokens, student's width).
-        """
+        """Return least-squares targets for a student layer's attention norm: output and input."""
         run = self._run(source)
         scale = run.before_attention_norm.std(-1, correction=0, keepdim=True)
         return self._goal(self._part(source, self.names.attention_norm), run.attention, scale)
@@ -532,10 +448,7 @@ class _Narrowing:
         return self.sources[source].get_submodule(name)
 
     def _run(self, source: int) -> _LayerRun:
-        """Run one teacher layer on the teacher's own hidden states; return intermediate results.
-
-        The last result is cached. ``source`` is the number of the layer.
-        """
+        """Run one teacher layer on the teacher's own hidden states; the last result is cached."""
         if self._last_run is None or self._last_run[0] != source:
             self._last_run = None  # free the previous result first
             self._last_run = source, self._teacher_layer(source)
@@ -558,33 +471,16 @@ class _Narrowing:
         return _LayerRun(query, key, value, before_norm, attention, intermediate, activity)
 
     def _scored(self, layer: Any, part: str, read: Tensor) -> Tensor:
-        """Return the queries or the keys of a teacher layer.
+        """Compute a teacher layer's queries or keys (``part``) from its input ``read``.
 
-        Args:
-            layer: the teacher layer.
-            part: ``query`` or ``key``.
-            read: input of the layer's query and key maps, (tokens, width).
-
-        Returns:
-            One vector per token. For DeBERTa, vectors for relative positions follow.
+        DeBERTa adds rows: the same map of the relative position embeddings.
         """
         return F.linear(read, *attention_part(self.family, layer, part))
 
     def _attend(
         self, model: PreTrainedModel, number: int, query: Tensor, key: Tensor, value: Tensor
     ) -> Tensor:
-        """Return the outputs of a layer's attention heads on all rows, before the output map.
-
-        Args:
-            model: the student or the teacher.
-            number: number of the layer.
-            query: the heads' queries, one vector per token.
-            key: the heads' keys, one vector per token.
-            value: the heads' values, (N, A * D) for N tokens and A heads of size D.
-
-        Returns:
-            A tensor of shape (N, A * D). Tokens attend only to tokens of the same row.
-        """
+        """Compute attention within each row, without the output map; return (N, A * D)."""
         num_heads = model.config.num_attention_heads
         contexts = []
         rows = (x[: len(value)].split(self.sizes) for x in (query, key, value))
@@ -600,10 +496,7 @@ class _Narrowing:
         return torch.cat(contexts).float()
 
     def _moved(self, source: int) -> Tensor:
-        """Return, for each head of a teacher layer, the variance that it adds to the hidden states.
-
-        The shape is (heads,). ``source`` is the number of the layer.
-        """
+        """Return the variance that each head's values add to the hidden states, (heads,)."""
         num_heads = self.theirs.num_attention_heads
         weight, _ = attention_part(self.family, self.sources[source], "value")
         out = self._part(source, self.names.attention_output).weight
@@ -622,15 +515,7 @@ class _Narrowing:
         return importance.topk(self.ours.intermediate_size).indices.sort().values
 
     def _cut(self, source: int, heads: list[int]) -> tuple[Tensor, Tensor, Tensor]:
-        """Return queries, keys and values of a teacher layer, reduced to the student's head size.
-
-        Args:
-            source: number of the teacher layer.
-            heads: numbers of the heads to keep.
-
-        Returns:
-            Three tensors with one vector per token, in which the kept heads are side by side.
-        """
+        """Return the kept heads' queries, keys and values, reduced to the student's head size."""
         num_theirs = self.theirs.num_attention_heads
         size = self.ours.hidden_size // self.ours.num_attention_heads
         run = self._run(source)
@@ -652,12 +537,7 @@ class _Narrowing:
         return _best_factors(query, key, size)
 
     def _places(self, size: int, their_size: int) -> Tensor:
-        """Return, for each dimension of a teacher's head, its index in a student's head.
-
-        Args:
-            size: size of a student's head.
-            their_size: size of a teacher's head.
-        """
+        """Return each teacher head dimension's index in a student head of ``size`` dimensions."""
         return torch.arange(their_size)
 
 
@@ -677,16 +557,7 @@ class _SameWidth(_Narrowing):
         return _embedded(self.student, self.rows)[1]
 
     def _prepare(self, layer: nn.Module, source: int, heads: list[int], neurons: Tensor) -> None:
-        """Copy the parts that are kept of a teacher layer to a student layer.
-
-        These are heads, feed-forward neurons and norms.
-
-        Args:
-            layer: the student layer.
-            source: number of the teacher layer.
-            heads: numbers of the heads to keep.
-            neurons: indices of the feed-forward neurons to keep.
-        """
+        """Copy the kept heads, feed-forward neurons and norms from teacher layer ``source``."""
         super()._prepare(layer, source, heads, neurons)
         names, origin, width = self.names, self.sources[source], self.ours.hidden_size
         size = width // self.ours.num_attention_heads
@@ -786,27 +657,15 @@ class _Positions(_Narrowing):
         return after if number or conv is None else self._convolution(conv, end, z, after)
 
     def _convolution(self, conv: Any, end: int, before: Tensor, after: Tensor) -> Tensor:
-        """Initialise the student's convolution; return the hidden states after it, (tokens, width).
-
-        Args:
-            conv: the convolution.
-            end: number of the teacher layer whose output the convolution's output should match.
-            before: the student's hidden states before its first layer.
-            after: the student's hidden states after its first layer.
-        """
+        """Initialise the convolution; return the student's states after it, (tokens, width)."""
         for parameter in conv.conv.parameters():
             parameter.mul_(1e-4)  # weights that are all 0 would be refused as damaged
         return _fit_norm(conv.LayerNorm, after, self.stream.states[end].float() @ self.basis)
 
     def _score_maps(self, layer: Any, part: str) -> list[Any]:
-        """Return the linear maps that compute the queries or the keys of a layer.
+        """Return the query or key maps (``part``) of tokens and, if any, of relative positions.
 
-        The first is for tokens. If the layer also has queries or keys of relative positions, the
-        second is for these; it can be the same map.
-
-        Args:
-            layer: the layer.
-            part: ``query`` or ``key``.
+        Both can be the same map.
         """
         attention = layer.attention.self
         own = getattr(attention, f"{part}_proj")
@@ -832,10 +691,7 @@ class _Positions(_Narrowing):
         return self._fit(own, inputs, targets[:num_tokens], num_heads)
 
     def _positions(self, model: PreTrainedModel, num_tokens: int) -> Tensor:
-        """Return a model's relative position embeddings.
-
-        The table of embeddings is repeated, so that it has about ``num_tokens`` vectors.
-        """
+        """Return the relative position embeddings, repeated to about ``num_tokens`` rows."""
         table: Tensor = self._encoder(model).get_rel_embedding()
         return table.repeat(max(1, num_tokens // len(table)), 1)
 
@@ -921,13 +777,9 @@ class _NormFirst(_Narrowing):
         return less_query, less_key
 
     def _places(self, size: int, their_size: int) -> Tensor:
-        """Return, for each dimension of a teacher's head, its index in a student's head.
+        """Return, for each dimension of a teacher's head, the student's with the nearest rotation.
 
-        It is the index of the dimension with the nearest rotation per token.
-
-        Args:
-            size: size of a student's head.
-            their_size: size of a teacher's head.
+        ``size`` and ``their_size`` are the head sizes of student and teacher.
         """
         nearest = (torch.arange(their_size // 2) * size / their_size).round().long()
         first = nearest.clamp_max(size // 2 - 1)
@@ -980,11 +832,7 @@ class _OneLayer(_OneSetOfHeads):
             self._layer(0, 0, 1, heads[0], stacked(flat, list(range(depth))))
 
     def _depths(self, depth: int) -> list[Tensor]:
-        """Divide the calibration rows among the ``depth`` passes of ALBERT's shared layer.
-
-        Returns:
-            For each pass, a mask (N,) over all tokens that is True on the tokens of its rows.
-        """
+        """Share the rows among the passes of ALBERT's layer; return one token mask per pass."""
         places = [torch.arange(len(mask))[:, None].expand_as(mask)[mask] for mask in self.masks]
         return [torch.cat(places) % depth == i for i in range(depth)]
 
@@ -1010,15 +858,7 @@ class _Linear(NamedTuple):
 
 
 def _copy_outputs(ours: Any, theirs: Any, to: Tensor, of: Tensor, factor: float = 1.0) -> None:
-    """Copy some outputs of a linear map, with their weights and biases, to another map.
-
-    Args:
-        ours: the map to change.
-        theirs: the map to copy from.
-        to: indices of the outputs of ``ours`` that are overwritten.
-        of: indices of the outputs of ``theirs`` that are copied.
-        factor: number by which the copies are multiplied.
-    """
+    """Copy outputs ``of`` of linear ``theirs``, times ``factor``, to outputs ``to`` of ``ours``."""
     ours.weight[to] = theirs.weight[of] * factor
     if ours.bias is not None:
         ours.bias[to] = theirs.bias[of] * factor
@@ -1032,13 +872,7 @@ def _padded(flat: Tensor, mask: Tensor) -> Tensor:
 
 
 def _fit_norm(norm: Any, before: Tensor, target: Tensor) -> Tensor:
-    """Fit the scale and shift of a layer norm by least squares, and return the norm's output.
-
-    Args:
-        norm: the layer norm, changed in place.
-        before: inputs of the norm, (N, H).
-        target: outputs that the norm should give, (N, H).
-    """
+    """Fit a layer norm's scale and shift from inputs ``before`` to a target; return its output."""
     normed = F.layer_norm(before, before.shape[-1:], eps=norm.eps)
     if norm.bias is None:
         scale = (normed * target).mean(0) / normed.square().mean(0).clamp_min(1e-6)
@@ -1084,10 +918,7 @@ def fit_linear(
 
 
 def _best_factors(left: Tensor, right: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Return two factors of at most ``rank`` columns whose product is nearest ``left right^T``.
-
-    The product of factors a and b is ``a b^T``.
-    """
+    """Return a and b, of at most ``rank`` columns, with ``a b^T`` closest to ``left right^T``."""
     if left.shape[-1] <= rank:
         return left, right
     _, left_root = torch.linalg.qr(left)

@@ -293,10 +293,7 @@ class StateCache:
         return f"variant{place[0]:02d}_{place[1]:05d}"
 
     def _stamps(self) -> dict[str, dict[str, list[int]]]:
-        """Return the stamp (size and modification time) of each shard file.
-
-        The result maps each shard's name to a dictionary of its files: file name -> stamp.
-        """
+        """Return shard -> file name -> stamp (size and modification time) of all shard files."""
         found: dict[str, dict[str, list[int]]] = {}
         if not self.folder.exists():
             return found
@@ -334,13 +331,9 @@ class StateCache:
         return hashlib.sha256(f"{self.folder.name}/{prefix}".encode())
 
     def _find(self, place: Place, names: Iterable[str]) -> str | None:
-        """Return the name of a shard's undamaged file, or None; delete the shard's damaged files.
+        """Return the name of a shard's undamaged file, or None; delete its damaged files.
 
         Call it only with the folder's lock held.
-
-        Args:
-            place: the shard, as (mask variant, shard number).
-            names: names of the shard's files.
         """
         prefix = self._prefix(place)
         for path in (self.folder / name for name in names):
@@ -391,14 +384,7 @@ class StateCache:
     def _compute(
         self, place: Place, teacher: BatchStates, batch_tokens: int, buffer: np.ndarray
     ) -> list[np.ndarray]:
-        """Compute a shard's hidden states; return for each layer an array of one record per token.
-
-        Args:
-            place: the shard, as (mask variant, shard number).
-            teacher: function from a batch to the hidden states (N, H) of each stored layer.
-            batch_tokens: largest number of tokens in a batch, padding included.
-            buffer: memory for the records, (layers, tokens); the arrays returned are parts of it.
-        """
+        """Compute a shard's hidden states into ``buffer``; return the used part for each layer."""
         variant, shard = place
         row_ids = self._shard_rows[shard]
         states = [layer_states[: self._num_tokens(place)] for layer_states in buffer]
@@ -447,10 +433,7 @@ class StateCache:
         )
 
     def _open(self, place: Place) -> tuple[mmap.mmap, np.ndarray]:
-        """Return a shard as a memory map, and as an array of the map's records, (layers, tokens).
-
-        The last ``MOST_MAPS`` shards that were used stay open.
-        """
+        """Return a shard as a memory map and an array; the last ``MOST_MAPS`` shards stay open."""
         opened = self._maps.pop(place, None) or self._map(place)
         if len(self._maps) >= MOST_MAPS:
             del self._maps[next(iter(self._maps))]

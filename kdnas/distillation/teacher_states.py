@@ -231,10 +231,7 @@ def open_states(
 def _build(
     cache: StateCache, live: LiveTeacher, data: KDDataModule, settings: StatesSettings, device: str
 ) -> StateSource:
-    """Build ``cache`` for the rows that are needed, and return it.
-
-    If its states would exceed ``max_gb``, return ``live`` instead, and store nothing.
-    """
+    """Return ``cache``, built for the needed rows, or ``live`` if ``max_gb`` is too little."""
     row_ids = _needed(data)
     gb, missing_gb = cache.num_bytes(row_ids) / 1e9, cache.num_missing_bytes(row_ids) / 1e9
     if gb > settings.max_gb:
@@ -265,11 +262,7 @@ def _needed(data: KDDataModule) -> np.ndarray:
 def _computing(
     cache: StateCache, live: LiveTeacher, data: KDDataModule, device: str
 ) -> tuple[BatchStates, int]:
-    """Return the first two arguments of ``cache.build`` and ``cache.build_share``.
-
-    They are a function from a batch to the teacher's hidden states, and the largest number of
-    tokens in a batch.
-    """
+    """Return arguments of ``cache.build``: a function from batch to states, tokens per batch."""
     batch_tokens = data.settings.batch_tokens
     if device == "cpu":
         batch_tokens = min(batch_tokens, CPU_BATCH_TOKENS)
@@ -326,13 +319,7 @@ def _write_measured(path: Path, stats: dict[int, LayerStats], ends: ShareEnds) -
 def _read_measured(
     path: Path, has_lock: bool = False
 ) -> tuple[dict[int, LayerStats], ShareEnds] | None:
-    """Read stored results of ``measure``; return None if the file is missing or damaged.
-
-    Args:
-        path: the file.
-        has_lock: whether the caller holds the folder's lock; only then warn of a damaged file, so
-            that the warning appears once.
-    """
+    """Read stored results of ``measure``; None if the file is missing or damaged."""
     try:
         found = read_json(path)
         if found.pop("sha256") == _sha256(path, found):
@@ -380,10 +367,7 @@ def measure(
 def _ends(
     model: PreTrainedModel, source: StateSource, layer: int, data: KDDataModule, device: str
 ) -> ShareEnds:
-    """Measure, on the held-out rows, the errors for which ``contextual_share`` is 0 and 1.
-
-    They are errors of linear maps to the hidden states of teacher layer ``layer``.
-    """
+    """Measure the errors for which ``contextual_share`` is 0 and 1, on the held-out rows."""
     width = model.config.hidden_size
     # sync_on_compute is off: one rank measures while the others wait.
     context_free, teacher = (
@@ -448,10 +432,7 @@ def sample_batches(data: KDDataModule, sample_ids: np.ndarray, num_tokens: int) 
 
 
 def _batches(data: KDDataModule, sample_ids: np.ndarray) -> LengthGroupedBatches:
-    """Return a batch sampler that groups these rows by length, without shuffling.
-
-    Every rank gets all rows.
-    """
+    """Return batches of these rows, grouped by length and unshuffled; all of them on this rank."""
     return LengthGroupedBatches(
         data.rows.padded_lengths, sample_ids, data.settings.batch_tokens, shuffle=False
     )

@@ -111,10 +111,7 @@ def check_files(name: str, folder: Path) -> Shapes:
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    """Return the weight files of a folder that transformers would read.
-
-    They are one file, or the shards that an index lists, or [] if there are none.
-    """
+    """Return the weight files that transformers would read: one, or the shards of an index."""
     for whole in (SAFE, PICKLED):
         if os.path.isfile(folder / whole):
             return [folder / whole]
@@ -138,12 +135,7 @@ def _weight_files(folder: Path) -> list[Path]:
 
 
 def _refuse_elsewhere(path: Path, names: list[Any]) -> None:
-    """Raise an error if a file refers to files outside its own folder.
-
-    Args:
-        path: the file.
-        names: names of the files to which it refers.
-    """
+    """Raise an error if the file ``path`` refers to files outside its own folder."""
     for name in names:
         if not isinstance(name, str) or name != os.path.basename(name) or name in ("", ".", ".."):
             raise UserError(

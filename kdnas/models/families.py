@@ -87,20 +87,13 @@ def _albert_layers(model: Any) -> list[nn.Module]:
 
 
 def _mpnet_scores(model: Any, layer: int, query: Tensor, key: Tensor) -> Tensor:
-    """Return MPNet's attention scores, which include a position bias.
-
-    The bias depends on the head and on the distance between the tokens; it is the same in all
-    layers.
-    """
+    """Return MPNet's attention scores, with one bias per distance and head for all layers."""
     bias = model.encoder.compute_position_bias(query[:, 0])
     return dot_scores(query, key) + bias.to(query.dtype)
 
 
 def _deberta_scores(model: Any, layer: int, query: Tensor, key: Tensor) -> Tensor:
-    """Return DeBERTa's attention scores.
-
-    They can include products of queries and keys with embeddings of relative positions.
-    """
+    """Return DeBERTa's attention scores: with products of queries, keys and relative positions."""
     attention = model.encoder.layer[layer].attention.self
     parts = 1 + len({"c2p", "p2c"} & set(attention.pos_att_type))
     scores = dot_scores(query, key, parts)
@@ -113,10 +106,7 @@ def _deberta_scores(model: Any, layer: int, query: Tensor, key: Tensor) -> Tenso
 
 
 def _modernbert_scores(model: Any, layer: int, query: Tensor, key: Tensor) -> Tensor:
-    """Return ModernBERT's attention scores, with rotary positions.
-
-    If the layer attends only to a local window, scores outside this window are very low.
-    """
+    """Return ModernBERT's attention scores: rotary, and masked outside a layer's local window."""
     module = model.layers[layer]
     places = torch.arange(query.shape[2], device=query.device)
     cos, sin = model.rotary_emb(query, places[None], module.attention_type)

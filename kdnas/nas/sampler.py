@@ -231,13 +231,10 @@ class LSTMSampler(BaseSampler):
             space: parameters whose choices make a point.
 
         Returns:
-            Four values:
-
-            - the set of the points of all other trials;
-            - a dictionary from each point whose constraints were checked to whether it met them;
-            - a dictionary from each point that was trained to the end, and did not break a
-              constraint, to its reward, negated if the study minimises;
-            - the number of points that were trained to the end or ended by a pruner.
+            Four values: the points of all other trials; for points whose constraints were checked,
+            whether they met the constraints; the rewards of feasible points that were trained to
+            the end, negated if the study minimises; and the number of points that were trained to
+            the end or pruned.
         """
         sign = 1 if study.direction == StudyDirection.MAXIMIZE else -1
         known: set[Point] = set()
@@ -292,15 +289,13 @@ def _point(trial: FrozenTrial, space: dict[str, CategoricalDistribution]) -> Poi
 def _pool(
     sizes: Sequence[int], barred: Iterable[Collection[Point]], generator: torch.Generator
 ) -> Tensor:
-    """Return the points (P, F) that may be proposed, each as its F choice indices.
-
-    They are all points of the space or, if it has more than ``POOL_SIZE``, a random sample.
+    """Return the choice indices of P points that may be proposed, (P, F).
 
     Args:
         sizes: number of choices of each of the F parameters.
-        barred: alternative sets of points to leave out. The first set that leaves at least one
-            point is used; if no set does, all points are kept.
-        generator: source of the random sample.
+        barred: sets of points to leave out, in order of preference: the first set is used that
+            leaves at least one point, or else none.
+        generator: source of the draws from a space of more than ``POOL_SIZE`` points.
     """
     if math.prod(sizes) <= POOL_SIZE:
         pool_PF = torch.cartesian_prod(*(torch.arange(size) for size in sizes)).view(-1, len(sizes))

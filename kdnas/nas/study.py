@@ -135,12 +135,7 @@ def open_study(
 
 
 def _check_whole(storage: str | Path) -> None:
-    """Check that no part of an SQLite file is damaged; another database is not checked.
-
-    Optuna reads only parts of the file at first, so without this check it would fail later.
-
-    Args:
-        storage: path of the file, or URL of another database.
+    """Check all of an SQLite file now, since Optuna reads only parts and would fail later.
 
     Raises:
         sqlite3.DatabaseError: the file is damaged.
@@ -267,12 +262,7 @@ def _refuse_other(study: Study, results: Mapping[int, Outcome], storage: str | P
 
 
 def _as_trial(outcome: Outcome | None, space: SearchSpace) -> FrozenTrial:
-    """Return an Optuna trial with the state and values of a recorded outcome.
-
-    Args:
-        outcome: the outcome; None: return a failed trial without parameters.
-        space: the search space, whose choices are those of the trial's parameters.
-    """
+    """Return an Optuna trial with a recorded outcome; None: a failed trial without parameters."""
     if outcome is None:
         return create_trial(state=TrialState.FAIL)
     reports = {int(step): value for step, value in outcome.reports.items()}

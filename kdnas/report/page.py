@@ -279,10 +279,7 @@ def _by_epoch(label: str, name: str, lines: Sequence[Line]) -> Markup | None:
 
 
 def _leaders(frame: pd.DataFrame) -> list[dict[str, str]]:
-    """Return a table row ``{heading: text}`` for each episode, with the best trials at its end.
-
-    They are the best so far, of this episode and of the one before, each with its reward.
-    """
+    """Return, for each episode of the search, the best trials and their rewards as table rows."""
     trained = frame.dropna(subset=["episode"])
 
     def best(rows: pd.DataFrame) -> str:
@@ -336,12 +333,9 @@ def _limits(budget: Mapping[str, float]) -> str:
 
 
 def _unusual(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the ``kdnas glue`` options that repeat a run's fine-tuning, as ``{name: value}``.
+    """Return the ``kdnas glue`` options with which a run's fine-tuning can be repeated.
 
-    Options whose value in the run is the default are left out.
-
-    Args:
-        config: content of the run's ``config.yaml``.
+    Options that have their default in the run are left out.
     """
     usual: dict[str, Any] = {
         "finetune": FinetuneSettings(),

@@ -86,14 +86,7 @@ def _runner_up(frame: pd.DataFrame, row: pd.Series) -> Check | None:
 
 
 def _settled(histories: Mapping[int, Sequence[Mapping[str, Any]]]) -> Check | None:
-    """Check whether the candidates' ranking changed from their first epoch to their last.
-
-    Args:
-        histories: maps the trial number of each trained candidate to a row of metrics per epoch.
-
-    Returns:
-        The check; None if there are too few candidates, or their losses do not differ.
-    """
+    """Check whether the candidates' ranking changed from their first epoch to their last."""
     pairs = [(rows[0]["loss"], rows[-1]["loss"]) for rows in histories.values() if len(rows) > 1]
     losses = pd.DataFrame(pairs, dtype=float).dropna()
     if len(losses) < 3 or (losses.nunique() < 2).any():

@@ -233,11 +233,7 @@ class Engine:
 
 
 def _verdict(job: Job, error: BaseException | None) -> BaseException | None:
-    """Return the error of an ended job in the form in which ``Engine.wait`` reports it.
-
-    Args:
-        job: the job.
-        error: error that the job has raised; None: it succeeded, and None is returned.
+    """Return the error of a job as ``Engine.wait`` reports it; None: the job succeeded.
 
     Raises:
         OSError: the disk or the network failed, not the job itself.

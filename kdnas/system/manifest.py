@@ -102,10 +102,7 @@ def _entry(path: Path) -> dict[str, Any]:
 
 
 def _files(folder: Path, but: Path | None = None) -> Iterator[Path]:
-    """Yield the files and links in a folder and its subfolders, with some exceptions.
-
-    Left out are the path ``but``, locks, hidden files and hidden folders.
-    """
+    """Yield the files and links in a folder, except ``but``, locks and hidden files."""
     for place, folders, names in os.walk(folder):  # does not follow links
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(

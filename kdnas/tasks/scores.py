@@ -23,10 +23,7 @@ class _F1(BinaryF1Score):
 
 
 class _Matthews(BinaryMatthewsCorrCoef):
-    """Matthews' correlation, which is 0.0 where it is undefined.
-
-    scikit-learn does the same; torchmetrics does not.
-    """
+    """Matthews' correlation; if undefined, 0.0 as in scikit-learn, where torchmetrics differs."""
 
     def compute(self) -> Tensor:
         tn, fp, fn, tp = self.confmat.cpu().double().flatten()

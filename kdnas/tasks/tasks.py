@@ -369,13 +369,6 @@ def _number_classes(
 
     Numbers come first, in ascending order, then text labels in the given ``order``; text labels
     that ``order`` lacks come last, sorted.
-
-    Args:
-        task: the task, whose number of classes is not known yet.
-        train: the training rows.
-        validation: the validation rows.
-        source: file or folder of the rows, for messages.
-        order: text labels in the wanted order.
     """
     place = {name: number for number, name in enumerate(order)}
     classes = sorted(
@@ -399,14 +392,7 @@ def _number_classes(
 def _loaded(
     task: Task, train: pa.Table, validations: Sequence[pa.Table], source: str
 ) -> LoadedTask:
-    """Return a GLUE task with its rows; raise an error for missing columns or wrong values.
-
-    Args:
-        task: the task.
-        train: table of the training rows.
-        validations: a table for each of ``task.validations``.
-        source: name or folder of the task, for messages.
-    """
+    """Check the tables of a GLUE task, and return the task together with their rows."""
     splits = []
     for table, where in zip((train, *validations), ("train", *task.validations), strict=True):
         names = {name: name for name in (*task.columns, "label")}

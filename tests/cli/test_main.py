@@ -703,6 +703,7 @@ def test_a_signal_stops_a_search_in_one_line_and_its_trial_goes_on_under_its_num
     code: int,
     search: list[str],
     tmp_path: Path,
+    request: pytest.FixtureRequest,
 ) -> None:
     run = tmp_path / "logs" / "kdnas"
     endless = [*search, "--search.num_epochs=100000", f"--workers={workers}"]
@@ -713,6 +714,7 @@ def test_a_signal_stops_a_search_in_one_line_and_its_trial_goes_on_under_its_num
         text=True,
         start_new_session=True,
     )
+    request.addfinalizer(process.kill)
     deadline = time.monotonic() + 120
     while not list(run.glob("trial_0000/events*")):
         assert process.poll() is None and time.monotonic() < deadline
