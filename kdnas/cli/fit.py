@@ -185,7 +185,7 @@ class KDCLI(LightningCLI):
             self.renew_curves()
 
     def instantiate_trainer(self, **options: Any) -> Any:
-        """Build the Trainer, and add what kdnas needs.
+        """Build the Trainer, and add kdnas's callbacks and its way of writing checkpoints.
 
         Checkpoint files appear whole or not at all. If the output goes to no terminal, the Trainer
         prints its progress as lines, unless ``--quiet`` is given.
@@ -227,7 +227,8 @@ class KDCLI(LightningCLI):
         """Write ``vectors.parquet``, with ``text`` and ``vector`` in a row for each text.
 
         Args:
-            batches: for each batch, its texts and their vectors, a row each.
+            batches: for each batch, a list of texts and a tensor with the vectors of these texts as
+                rows.
         """
         path = Path(self.trainer.log_dir or self.trainer.default_root_dir, "vectors.parquet")
         texts = [text for batch, _ in batches for text in batch]
@@ -281,7 +282,7 @@ class SaveConfigOnce(SaveConfigCallback):
     """Callback that writes a fit's config to the fit's folder, unless the same config is there.
 
     On Slurm the folder is named by the job's number, so a requeued job finds the folder of its
-    first start, and a second fit in one job finds the first fit's.
+    first start, and a second fit in the same job finds the folder of the first.
     """
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:

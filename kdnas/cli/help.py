@@ -1,8 +1,8 @@
 """Help pages and shell completions, shown without importing torch.
 
-A page in ``pages/`` begins with its head, which is written by hand: summary, examples, most used
-options. The output of the command's parser follows. Options that several commands share are in
-``search.txt`` and ``lightning.txt``, which a page includes by a line in MkDocs' syntax.
+A page in ``pages/`` begins with its head, which is written by hand: a summary, examples and the
+most used options. The output of the command's parser follows. Options that several commands share
+are in ``search.txt`` and ``lightning.txt``, which a page includes by a line in MkDocs' syntax.
 ``WRITE_PAGES=1 pytest tests/cli/test_help.py`` rewrites the parsers' parts and ``options.txt``,
 which lists the options of each command in a line.
 """

@@ -243,7 +243,7 @@ def _plan(config: Any) -> None:
 def _new(config: Any, is_begun: bool) -> Any:
     """Return the config with an unused run name, and log this name.
 
-    ``is_begun``: whether a run starts under this name; if not, it is logged at debug level only.
+    ``is_begun``: whether a run starts under this name; if not, the name is logged at debug level.
     """
     from kdnas.system.files import free_name
 

@@ -39,7 +39,7 @@ _ALONE = {"--grid": "--grid={}", "--force": "--force=true"}  # options that may 
 
 
 def default_objects() -> dict[str, Any]:
-    """Return the default loss and initial weights of ``Recipe`` as class paths.
+    """Return the default loss and initialisation of ``Recipe``, as class paths with arguments.
 
     The parser needs these defaults in a form that YAML can store.
     """
@@ -283,7 +283,7 @@ def _names(args: Sequence[str]) -> Iterator[tuple[str, str]]:
 
 
 def _with_config(args: Sequence[str]) -> Iterator[tuple[str, Path | None]]:
-    """Yield pairs: each argument, and the YAML file that it names after ``--config`` (or None)."""
+    """Yield each argument in a pair with the file that it gives to ``--config``, or with None."""
     for before, arg in zip(["", *args], args, strict=False):
         name, _, value = arg.partition("=")
         path = Path(arg if before in ("-c", "--config") else value if name == "--config" else "")
@@ -293,10 +293,9 @@ def _with_config(args: Sequence[str]) -> Iterator[tuple[str, Path | None]]:
 
 
 def values_in(args: Sequence[str]) -> Iterator[Any]:
-    """Yield the value of each argument: an option's text or, if this is YAML, what it contains.
+    """Yield the value of each argument: its text or, for YAML, its content as Python objects.
 
-    For a YAML file after ``--config``, and for a value that begins with ``{`` or ``[``, that is the
-    content as Python objects.
+    YAML is a file after ``--config``, or a value that begins with ``{`` or ``[``.
     """
     for arg, path in _with_config(normalize(args)):
         value = arg.partition("=")[2] if arg.startswith("--") else arg

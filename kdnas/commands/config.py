@@ -506,7 +506,8 @@ class ReportConfig:
 def as_plain(value: Any) -> Any:
     """Return a config as plain values that YAML can store and read back.
 
-    An object becomes its ``class_path`` and ``init_args``, a class or a function its path.
+    An object becomes a dictionary of its ``class_path`` and ``init_args``. A class or a function
+    becomes its path.
 
     Raises:
         UserError: a value cannot be written in this way.

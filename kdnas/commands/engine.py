@@ -8,10 +8,10 @@ from kdnas.system.pool import warm_up
 
 
 def open_engine(workers: int, executor: str | None = None) -> Engine:
-    """Open an engine with ``workers`` slots on this machine, or a slot for each Dask worker.
+    """Open an engine that runs jobs in processes of this machine, or on the workers of Dask.
 
     Args:
-        workers: number of slots; 0: jobs run in this process, one at a time.
+        workers: number of processes; 0: jobs run in this process, one at a time.
         executor: ``dask://HOST:PORT`` of a scheduler, whose workers must see the folder of all
             runs; ``workers`` is then ignored. None: this machine.
 

@@ -1,4 +1,4 @@
-"""``kdnas export`` and a run's export: choose the student, the rows for checks and the card."""
+"""``kdnas export`` and a run's export: find the student, rows for checks and the card's text."""
 
 import os
 import re
@@ -156,7 +156,8 @@ def _output(config: ExportConfig, choice: _Choice) -> Path:
     """Return the output folder; an earlier export in it is replaced only with ``force``.
 
     Raises:
-        UserError: the folder is the student's own, is not an export, or ``force`` is needed.
+        UserError: the folder is the student's own, it holds something else than an export, or
+            ``force`` is needed.
     """
     folder = Path(config.output) if config.output else choice.folder
     if config.output and folder.is_symlink():  # the link stays, and its target is replaced
@@ -201,7 +202,7 @@ def _task_and_corpus(
 def _rows(
     choice: _Choice, task: LoadedTask | None, corpus: Corpus | None, sentences: Sentences | None
 ) -> MakeRows | None:
-    """Return a function that makes the rows for the checks; None: check on random words."""
+    """Return a function that makes the rows for the checks, or None to check on random words."""
     if sentences:
         return rows_of_texts(sentences.train, sentences.held_out)
     if task:
@@ -293,7 +294,7 @@ def rows_of_task(task: LoadedTask, length: int, is_scored: bool = True) -> MakeR
 
     Args:
         task: the task with its rows.
-        length: tokens at which rows are cut, as in fine-tuning.
+        length: number of tokens at which rows are cut, as in fine-tuning.
         is_scored: whether the student is a classifier of the task; if not, its hidden states are
             compared, not its scores.
     """
@@ -309,7 +310,7 @@ def rows_of_texts(train: Sequence[str], held_out: Sequence[str]) -> MakeRows:
 
     Args:
         train: texts on which the int8 graph is chosen.
-        held_out: texts on which it is compared with the float32 graph.
+        held_out: texts on which the chosen int8 graph is compared with the float32 graph.
     """
     return lambda tokenizer: text_rows(
         train, held_out, tokenizer, min(MOST_TOKENS, tokenizer.model_max_length)

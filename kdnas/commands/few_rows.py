@@ -36,7 +36,7 @@ def with_few_rows(
     num_bytes: float = float("inf"),
     num_task_rows: int = NUM_ROWS,
 ) -> tuple[AnyConfig, Sizes]:
-    """Return a config for a few random rows of the text and task, and the sizes of both in full.
+    """Return a config for a few random rows of the text and task, and the numbers of all rows.
 
     Args:
         config: config of a search or a run.
@@ -44,7 +44,7 @@ def with_few_rows(
             the real run is not touched.
         num_rows: largest number of rows of text.
         num_bytes: largest number of bytes of text; a row counts as if it were cut at
-            ``max_length`` tokens. At least two rows are taken.
+            ``max_length`` tokens. At least two rows are drawn.
         num_task_rows: largest number of labelled rows in each split.
 
     Raises:

@@ -254,7 +254,7 @@ class Comparison:
         """Run the fine-tunings that are missing, then measure the latency of all models in turn.
 
         Returns:
-            The content of ``results.json``: ``tasks``; the settings ``asked`` for; and ``models``,
+            The content of ``results.json``: ``tasks``; ``asked`` (the settings); and ``models``,
             which has for each contender ``scores`` by task and seed, their ``average``, ``spread``
             (standard deviation over seeds; None with one seed), ``share_kept`` (``average`` divided
             by the first contender's), latency, speed-up and parameters. A contender with a helping
@@ -453,7 +453,7 @@ class Comparison:
 
 
 def about_task(task: LoadedTask) -> dict[str, Any]:
-    """Return a task's name, metric, number of labels and of rows, for ``results.json``."""
+    """Return a task's name, metric, and numbers of labels and training rows, as a dictionary."""
     return {
         "name": task.task.name,
         "metric": " + ".join(task.task.metrics),

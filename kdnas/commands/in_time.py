@@ -41,8 +41,8 @@ class Choice:
 
     Args:
         minutes: minutes of the time budget that were left after the measurement on a few rows.
-        as_asked: minutes that the run would need with the user's settings.
-        needed: minutes that the run needs with the lowered settings.
+        as_asked: estimated minutes of the run with the user's settings.
+        needed: estimated minutes of the run with the lowered settings.
         after_search: the part of ``needed`` for the stages after the search.
         values: name of each lowered setting in YAML -> the user's value and the lowered one.
     """
@@ -77,7 +77,7 @@ class Choice:
 
     @classmethod
     def kept(cls, config: RunConfig) -> "Choice | None":
-        """Read the lowered settings that were saved when the run started; None: there are none."""
+        """Return the ``Choice`` that was saved when the run started, or None if there is none."""
         file = Run(config.root, config.name).choice
         if not file.exists():
             return None
@@ -126,7 +126,7 @@ class Choice:
 
 
 def in_time(config: RunConfig, console: Console) -> tuple[RunConfig, Choice | None]:
-    """Lower the settings of a run so that it ends within its ``time_budget``.
+    """Lower settings of a run so that it ends within its ``time_budget``.
 
     The settings to lower are chosen once, when the run starts, and used again when it resumes.
 
@@ -261,7 +261,7 @@ def _shares(config: RunConfig, measured: Measured) -> tuple[float, float]:
 
 
 def _fewer_rows(share: float, least: float) -> list[dict[str, Any]]:
-    """Return shares of the text from ``share`` down to ``least``, each a fifth smaller."""
+    """Return values of ``data.fraction`` below ``share``, each a fifth lower, down to ``least``."""
     shares = []
     while share > least:
         share = max(least, 0.8 * share)

@@ -88,7 +88,7 @@ class Inputs:
 
     @property
     def target_layers(self) -> list[int]:
-        """Teacher layers whose hidden states any student of the search space may need."""
+        """Numbers of the teacher layers whose hidden states some student may need for its loss."""
         depths = self.space.choices["num_hidden_layers"]
         num_layers = self.teacher.config.num_hidden_layers
         return needed_layers(self.config.recipe.objective, depths, num_layers)
@@ -105,7 +105,7 @@ class Inputs:
         return "cuda" if on_gpu and torch.cuda.is_available() else "cpu"
 
     def states(self, split: Split) -> TeacherStates:
-        """Return the teacher's hidden states of a split's rows and of the held-out rows.
+        """Return the teacher's hidden states of a split's training rows and of the held-out rows.
 
         Those that are not stored yet are computed.
         """
@@ -240,7 +240,7 @@ def refuse_other_config(run: Run, config: SearchConfig) -> None:
 
 
 def is_finished(run: Run, config: Mapping[str, Any]) -> bool:
-    """Whether all stages that a config asks for are finished."""
+    """Whether a run has finished all stages that ``config``, given as plain values, asks for."""
     last = [run.best_student]
     if "full_kd" in config:
         last = [run.full_kd / "result.json", run.student, run.report]
@@ -250,7 +250,7 @@ def is_finished(run: Run, config: Mapping[str, Any]) -> bool:
 
 
 def _plain(config: SearchConfig) -> dict[str, Any]:
-    """Return a config as plain values for YAML, without the password of its database."""
+    """Return a config as plain values for YAML, without the password of the study's database."""
     plain: dict[str, Any] = as_plain(config)
     return plain | ({"storage": without_password(config.storage)} if config.storage else {})
 
@@ -274,12 +274,12 @@ def check_place(config: SearchConfig) -> Run:
 
 
 def validate(config: SearchConfig) -> tuple[Run, Teacher, SearchSpace, LatencyMeter]:
-    """Check all options, the teacher and the folders of a run, but not text and task.
+    """Check all options, the teacher and the folders of a run, but not the text and the task.
 
     The cheapest checks come first; nothing is written.
 
     Returns:
-        The run, the teacher, the search space and the meter of latency.
+        The paths of the run, the teacher, the search space and the latency meter.
 
     Raises:
         UserError: an option, the teacher or a folder cannot be used, or no student can meet the
@@ -309,7 +309,7 @@ def validate(config: SearchConfig) -> tuple[Run, Teacher, SearchSpace, LatencyMe
 
 
 def space_of(config: SearchConfig, teacher: Teacher) -> SearchSpace:
-    """Return the teacher's default search space, with the choices of ``config.space``."""
+    """Return the teacher's default search space, changed by the choices in ``config.space``."""
     return SearchSpace.from_teacher(teacher.config).replaced(vars(config.space), teacher.config)
 
 
@@ -356,7 +356,7 @@ def _load_rows(
 
 
 def task_path(run: Run, task: str | None) -> str | None:
-    """Return the source of a run's labelled rows: a folder or a GLUE name; None without a task."""
+    """Return a task's folder or GLUE name (a folder for ``quickstart``); None without a task."""
     return text_and_task("", task, run.text)[1]
 
 
@@ -368,7 +368,7 @@ def _key(config: SearchConfig) -> str:
 
 
 def inputs_of(config: SearchConfig) -> Inputs:
-    """Load the inputs of a config; a process loads them once for all its jobs."""
+    """Return the inputs of a config, which a process loads once for all its jobs."""
     if not (_LOADED and _LOADED[0][0] == _key(config)):
         run, teacher = Run(config.root, config.name), find_teacher(config.teacher)
         meter = LatencyMeter(teacher.config, config.latency)
@@ -458,7 +458,7 @@ def _keep_matmuls(run: Run) -> None:
 
 
 def _refuse_hidden_device(config: SearchConfig) -> None:
-    """Raise an error for ``cuda:1`` and higher with workers: each sees only its own GPU, 0."""
+    """Raise an error for ``cuda:1`` or higher with workers: a worker sees one GPU, ``cuda:0``."""
     kind, _, number = config.latency.device.partition(":")
     if config.workers != 0 and number not in ("", "0"):
         raise UserError(

@@ -1,4 +1,4 @@
-"""The jobs of a run: each ``..._job`` returns one, and the function after it does its work."""
+"""The jobs of a run: a function ``..._job`` returns a job, and the next function does the work."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,7 +23,7 @@ from kdnas.system.pool import share_devices
 
 
 def candidate_job(config: SearchConfig, number: int, arch: StudentArch) -> Job:
-    """Return the job that trains a candidate of the search, by a short distillation (mini-KD)."""
+    """Return the job that trains candidate ``number`` by a short distillation (mini-KD)."""
     minutes = config.candidate_timeout
     return Job(
         folder=Run(config.root, config.name).trial(number),
@@ -35,13 +35,16 @@ def candidate_job(config: SearchConfig, number: int, arch: StudentArch) -> Job:
 
 
 def train_candidate(config: SearchConfig, number: int, arch: StudentArch) -> dict[str, Any]:
-    """Train and measure one candidate of the search; return its ``Outcome`` as a dict."""
+    """Train and measure candidate ``number`` of the search; return its ``Outcome`` as a dict."""
     inputs = inputs_of(config)
     return evaluate(inputs.bench, arch, inputs.run.trial(number)).to_dict()
 
 
 def states_job(config: SearchConfig, split: Split, share: int, num_shares: int) -> Job:
-    """Return the job that computes one of ``num_shares`` shares of the teacher's hidden states."""
+    """Return the job that computes one of ``num_shares`` shares of the teacher's hidden states.
+
+    ``share`` is the number of the share, from 0.
+    """
     folder = Run(config.root, config.name).folder / f"states_{share}"
     return Job(folder, "teacher states", compute_states, (config, split, share, num_shares))
 
@@ -49,7 +52,7 @@ def states_job(config: SearchConfig, split: Split, share: int, num_shares: int) 
 def compute_states(
     config: SearchConfig, split: Split, share: int, num_shares: int
 ) -> dict[str, Any]:
-    """Compute one share of the teacher's hidden states into their cache; return an empty dict."""
+    """Compute and store share ``share`` (from 0) of the teacher's hidden states; return {}."""
     inputs = inputs_of(config)
     data, precision = inputs.data.select(split), config.trainer.precision
     build_share(inputs.cache, inputs.teacher, data, inputs.device, precision, share, num_shares)
@@ -62,7 +65,8 @@ def full_kd_job(config: RunConfig, arch: StudentArch, kept: Mapping[str, Path]) 
     Args:
         config: options of the run.
         arch: the best student's shape.
-        kept: name -> file: this student's weights and optimizer state from the search.
+        kept: files with this student's weights and optimizer state from the search, by file name;
+            empty: start from the teacher.
     """
     folder = Run(config.root, config.name).full_kd
     args, num_ranks = (config, arch, dict(kept)), config.num_devices
@@ -74,9 +78,11 @@ def full_kd_job(config: RunConfig, arch: StudentArch, kept: Mapping[str, Path]) 
 def distill_best(config: RunConfig, arch: StudentArch, kept: Mapping[str, Path]) -> dict[str, Any]:
     """Distil the best student on all rows or, without full KD, save its weights from the search.
 
+    ``kept`` has the files of these weights and of the optimizer state, by file name.
+
     Returns:
-        The result dictionary of ``distill_student``; without full KD, loss and history are the
-        search's.
+        The result dictionary of ``distill_student``; without full KD, it has the metrics of the
+        candidate in the search.
 
     Raises:
         UserError: full KD is switched off, and the student's weights from the search do not exist.
@@ -115,7 +121,7 @@ def export_job(config: RunConfig) -> Job:
 
 
 def export_best(config: RunConfig) -> dict[str, Any]:
-    """Export the run's student; return the report of ``export_student``."""
+    """Export the run's student; return the results of its checks, as from ``export_student``."""
     inputs = inputs_of(config)
     if inputs.task:
         rows = rows_of_task(inputs.task, config.finetune.max_length)

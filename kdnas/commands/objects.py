@@ -21,7 +21,7 @@ def as_paths(**asked: Any) -> dict[str, Any]:
     that are given as paths or names stay as they are, and so do all other settings.
 
     Args:
-        asked: settings of the command, by name; ``root`` is one of them.
+        asked: settings of the command, by name, such as ``teacher`` and ``root``.
 
     Returns:
         The settings, with paths as text in place of the objects.

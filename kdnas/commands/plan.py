@@ -60,7 +60,7 @@ EXPORT_SECONDS = 30.0
 
 @dataclass(frozen=True)
 class Stage:
-    """Upper bounds of what a stage of a run will need: seconds, disk space and memory."""
+    """Estimated needs of one stage of a search or a run: seconds, disk space and memory."""
 
     name: str
     seconds: float
@@ -82,12 +82,12 @@ class Plan:
 
     @property
     def minutes(self) -> float:
-        """Minutes of all stages."""
+        """Return the estimated minutes of all stages together."""
         return sum(stage.seconds for stage in self.stages) / 60
 
     @property
     def minutes_after_search(self) -> float:
-        """Minutes of the stages after the search, from full KD on."""
+        """Return the estimated minutes of all stages after the search together."""
         return sum(stage.seconds for stage in self.stages[3:]) / 60
 
     def table(self) -> Table:
@@ -123,7 +123,10 @@ class Rates(NamedTuple):
     score: float  # per token or row that is scored
 
     def seconds(self, num_epochs: int, num_train: float, num_scored: float) -> float:
-        """Seconds of a fit: ``start + num_epochs * (num_train * train + num_scored * score)``."""
+        """Estimate the seconds of a fit: ``start``, and for each epoch its training and scoring.
+
+        ``num_train`` and ``num_scored`` are numbers of tokens or rows in an epoch.
+        """
         return self.start + num_epochs * (num_train * self.train + num_scored * self.score)
 
 
@@ -145,7 +148,10 @@ class Sample:
 
     @classmethod
     def take(cls, config: SearchConfig, folder: Path) -> "Sample":
-        """Write a few rows of a config's text and task into ``folder``, and load them."""
+        """Draw a few rows of the text and the labelled task that a config names.
+
+        They are written into ``folder``, and loaded from there together with the teacher.
+        """
         config = replace(config, trainer=replace(config.trainer, logger=None, callbacks=[]))
         num_bytes = 4 * min(MOST_TOKENS, MOST_STEPS * config.data.batch_tokens)
         small, sizes = with_few_rows(config, folder, MOST_ROWS, num_bytes, NUM_TASK_ROWS)
@@ -153,12 +159,12 @@ class Sample:
 
     @property
     def num_slots(self) -> int:
-        """Number of candidates that are trained in parallel."""
+        """Number of worker processes; 1 if all is done in this process."""
         return max(1, self.config.num_workers)
 
     @property
     def rows(self) -> TokenRows:
-        """The sample's rows, tokenised."""
+        """The sample's rows of text, tokenised."""
         return self.found.data.rows
 
     @property
@@ -173,13 +179,13 @@ class Sample:
         return int(lengths[data.train_ids()].sum()), int(lengths[data.held_out_ids()].sum())
 
     def cost(self, seconds: float, num_bytes: float = 0) -> "Cost":
-        """Return the cost of a step for the whole text, given what the few rows took.
+        """Estimate what a step, such as tokenising, costs for the whole text.
 
         The memory is this process's peak so far, plus what the rest of the rows would take.
 
         Args:
-            seconds: seconds that the step took for the few rows.
-            num_bytes: bytes that it wrote to the disk.
+            seconds: seconds that the step took for the sample's rows.
+            num_bytes: bytes that the step wrote to the disk for these rows.
         """
         num_kept = self.config.data.fraction * self.sizes.num_rows
         others = ROW_BYTES * max(0.0, num_kept - len(self.rows))
@@ -187,7 +193,7 @@ class Sample:
 
 
 class Cost(NamedTuple):
-    """Seconds, bytes on disk and bytes of memory that a step takes for the whole text."""
+    """Estimated seconds, bytes on disk and bytes of memory of a step for the whole text."""
 
     seconds: float
     num_bytes: float  # on disk
@@ -228,8 +234,8 @@ class Measured:
         tokens: numbers of training tokens and of held-out tokens in the whole text.
         reading: seconds to read the whole text, whatever share of it is used.
         tokenising: cost of tokenising the whole text.
-        teacher: cost of one pass of the teacher over the whole text, with its states stored.
-        missing: share of these states that is not stored yet.
+        teacher: cost of one pass of the teacher over the whole text, with hidden states stored.
+        missing: share of these hidden states that is not stored yet.
         looks: latencies of some students.
         num_archs: number of students in the search space.
         rates: for the fastest and the slowest student in ``looks``, rates of mini-KD (a candidate's
@@ -268,7 +274,10 @@ class Measured:
         return train, min(held_out, HELD_OUT_TOKENS)
 
     def plan(self, config: SearchConfig) -> Plan:
-        """Return the plan for a config, which may differ only in rows, epochs and candidates."""
+        """Return the plan for a config.
+
+        The config may differ from the measured one only in numbers of rows, epochs and candidates.
+        """
         before, of_full_kd = _teacher_stages(self, config)
         stages = [_reading_stage(self, config), before, _search(self, config)]
         if isinstance(config, RunConfig):
@@ -288,7 +297,7 @@ def plan(config: SearchConfig) -> Plan:
 
 
 def measure(config: SearchConfig) -> Measured:
-    """Run the stages on a few rows and return the measured speeds; no file is kept.
+    """Run the stages of a config on a few rows, and return what was measured; no file is kept.
 
     Raises:
         UserError: something that the user gave cannot be used.
@@ -463,7 +472,7 @@ def _distillation(
 
 
 def _rates(one_epoch: Callable[[Timer], object], num_train: int, num_scored: int) -> Rates:
-    """Time one epoch of a fit: it trains on ``num_train`` tokens or rows, scores ``num_scored``."""
+    """Time a fit of one epoch; ``num_train`` and ``num_scored`` are numbers of tokens or rows."""
     timer = Timer()
     begin = time.perf_counter()
     one_epoch(timer)
@@ -514,7 +523,7 @@ def _teacher_stages(measured: Measured, config: SearchConfig) -> tuple[Stage, li
 
 
 def _num_trials(measured: Measured, config: SearchConfig) -> int:
-    """Return the number of candidates to train: ``n_trials``, or all within the budget if fewer."""
+    """Return the number of candidates to train: ``n_trials``, unless the budget allows fewer."""
     most = max(1, round(measured.looks.share * measured.num_archs))
     return min(config.search.n_trials, most)
 
@@ -578,7 +587,7 @@ def peak_memory() -> int:
 
 
 def show_space(config: SpaceConfig, console: Console) -> None:
-    """Print a teacher's search space: choices, size, and its smallest and largest student."""
+    """Print a search space: choices, number of students, the smallest and the largest student."""
     teacher = find_teacher(config.teacher)
     space = space_of(config, teacher)
     show(console, f"{len(space)} students of {config.teacher}: every combination of")

@@ -79,7 +79,7 @@ def _study_of(run: Run, storage: str | None, is_only: bool) -> Study:
 
 
 def compare(runs: list[Run], studies: list[Study], output: Path, console: Console) -> Path:
-    """Write a page that compares two or more runs, and show its table; return its path."""
+    """Write a page that compares two or more runs, print its table, and return the page's path."""
     names = [run.name for run in runs]
     rows = [_row(run, study) for run, study in zip(runs, studies, strict=True)]
     configs = [flat(read_yaml(run.config)) for run in runs]

@@ -1,4 +1,4 @@
-"""The whole job: search -> full KD -> fine-tuning -> export -> report.
+"""The stages of ``kdnas run``: search, full KD, fine-tuning, export and report.
 
 When a run resumes, finished stages are not repeated. Full KD is the distillation of the search's
 best student on all training rows.
@@ -88,7 +88,7 @@ VECTORS = "vectors.safetensors"  # of the static baseline, kept until it is fine
 @own_precision()
 @honest_signals()
 def search(config: SearchConfig, console: Console | None = None) -> Run:
-    """Find the best student within the budget, and write it to ``<root>/<name>/``.
+    """Find the best student within the budget, and write the results to ``<root>/<name>/``.
 
     If stopped, the same call resumes.
 
@@ -291,7 +291,7 @@ def _about(run: Run) -> dict[str, Any]:
 
 
 def search_stage(context: RunContext, end: float | None = None) -> StudentArch:
-    """Search, unless finished, and write the best student's shape to ``best_student.yaml``.
+    """Run the search, unless it is finished, and write the best shape to ``best_student.yaml``.
 
     Args:
         context: the run.
@@ -395,7 +395,7 @@ class SearchDisplay:
 
 
 def open_states(context: RunContext, split: Split) -> None:
-    """Compute the teacher's hidden states of a split that are not stored yet, on all GPUs here."""
+    """Compute the teacher's missing hidden states for a split, on all GPUs of this machine."""
     inputs, config = context.inputs, context.config
     num_shares = min(context.engine.num_slots, num_gpus(config.trainer.accelerator))
     cache, data = inputs.cache, inputs.data.select(split)
@@ -434,7 +434,7 @@ def full_kd_stage(context: RunContext, config: RunConfig, arch: StudentArch) -> 
 
 
 def _kept_files(context: RunContext, arch: StudentArch) -> dict[str, Path]:
-    """Return name -> file: a candidate's weights and optimizer state, as far as they exist.
+    """Return the existing files of a candidate's weights and optimizer state, by file name.
 
     Raises:
         UserError: a file is damaged.
@@ -487,7 +487,7 @@ def finetune_stage(context: RunContext, config: RunConfig, arch: StudentArch) ->
 
 
 class Role(Contender):
-    """A model in a run's final table, such as ``student``, which is also the name of its folder."""
+    """A model in a run's final table; its name, such as ``student``, is also its folder's name."""
 
     def folder(self, task: LoadedTask) -> str:
         return self.key

@@ -2,8 +2,8 @@
 
 All hash values, from 0 to 2^64 - 1, form a circle, on which the hash of a row's text is the row's
 position. A seed rotates the circle, and the rows in the first part of the rotated circle are held
-out. A sentence pair is made of a row and the next row on the circle. So the pairs are the same for
-every seed and every share of held-out rows.
+out. A sentence pair is made of a row and the next row on the circle, among the rows with the same
+``split`` in the source. So the pairs are the same for every seed and every share of held-out rows.
 """
 
 import hashlib
@@ -62,7 +62,7 @@ class Texts(Sequence[str]):
         return self._file.piece(int(self._starts[place]), int(self._sizes[place])).decode()
 
     def take(self, places: IntArray) -> "Texts":
-        """Return the texts of the rows with these numbers, in the given order."""
+        """Return the texts of the rows with the numbers ``places``, in the order of ``places``."""
         return Texts(self._file, self._starts[places], self._sizes[places])
 
 
@@ -73,8 +73,8 @@ class Corpus:
     Args:
         texts: the rows, in the order of the source.
         hashes: the hash of each row's text, uint64.
-        splits: the value of the source's column ``split`` for each row, as an index into
-            ``SPLITS``, uint8 (0 where the source says nothing).
+        splits: each row's column ``split`` in the source, uint8: 0 for no value, 1 for ``train``, 2
+            for ``held_out``.
         is_held_out: True for the rows that no student is trained on.
         dropped: how many rows were left out, by reason: ``empty`` or ``duplicate``.
     """
@@ -107,9 +107,9 @@ def load_corpus(
 ) -> Corpus:
     """Read rows of text and split them into training and held-out rows.
 
-    If a row's column ``split`` is ``train`` or ``held_out``, this decides. Otherwise a hash of the
-    row's text and the seed decide, whatever the other rows are. There is at least one training row
-    and one held-out row.
+    If a row's column ``split`` is ``train`` or ``held_out``, the column decides. Otherwise a hash
+    of the row's text and the seed decide, whatever the other rows are. There is at least one
+    training row and one held-out row.
 
     Args:
         text: a ``.parquet``, ``.jsonl``, ``.json`` (one object a line), ``.csv``, ``.tsv`` or
@@ -117,16 +117,16 @@ def load_corpus(
             ``owner/name:config`` of a data set on the Hugging Face hub (its train split).
         column: the column that holds the text; a ``.txt`` file has only one.
         held_out_fraction: share of the rows to hold out, between 0 and 1.
-        fraction: share of the rows to keep, above 0, drawn by the hash of their text. The first two
-            rows of each kind (``train``, ``held_out``, no split) are always kept.
+        fraction: share of the rows to use, above 0, drawn by the hash of their text. The first two
+            rows of each kind (``train``, ``held_out``, no split) are always used.
         seed: seed of the draw of held-out rows.
         folder: folder of the unnamed temporary file that holds the rows until the corpus is
             deleted; by default the system's temporary folder.
 
     Raises:
         UserError: the source is missing, unreadable, truncated or not UTF-8, lacks the column,
-            holds a value that is not text, or text with a forbidden character, has fewer than
-            two usable rows, or has less than 1 % usable rows.
+            holds a value that is not text, or a text with a forbidden character, has fewer than
+            two usable rows or less than 1 % usable rows, or gives all rows the same ``split``.
     """
     sizes, hashes, splits = array("q"), array("Q"), bytearray()
     num_empty, num_skipped, num_kept = 0, 0, [0] * len(SPLITS)
@@ -190,10 +190,10 @@ def _check_splits(text: str, splits: SplitArray) -> None:
 
 
 def shares(hashes: HashArray, seed: int) -> npt.NDArray[np.float64]:
-    """Return for each row a number in [0, 1), which the row's hash and the seed determine.
+    """Return for each row a number in [0, 1), which the hash of its text and the seed determine.
 
-    The rows with the lowest numbers are held out. All hashes form a circle, which the seed rotates;
-    the number is the row's position on it.
+    The rows with the lowest numbers are held out. All possible hashes form a circle, which the seed
+    rotates; a row's number is the position of the row's hash on the rotated circle.
     """
     turned = hashes - np.random.default_rng(seed).integers(2**64, dtype=np.uint64)  # modulo 2**64
     return (turned >> np.uint64(11)) / 2**53
@@ -204,11 +204,11 @@ def draw_held_out(
 ) -> npt.NDArray[np.bool_]:
     """Return an array that is True for the rows to hold out, and False for the others.
 
-    It has at least one True and at least one False.
+    The array has at least one True and at least one False.
 
     Args:
-        splits: the value of the source's column ``split`` for each row, as an index into
-            ``SPLITS``.
+        splits: each row's column ``split`` in the source: 0 for no value, 1 for ``train``, 2 for
+            ``held_out``.
         shares: the result of the function ``shares``: a number in [0, 1) for each row.
         fraction: a row without a split in the source is held out if its number in ``shares`` is
             below ``fraction``.
@@ -227,12 +227,12 @@ def draw_held_out(
 def next_on_circle(splits: SplitArray, hashes: HashArray) -> IntArray:
     """Return for each row the number of another row with which it can form a pair.
 
-    This is the row of the same split with the next higher hash. The row with the highest hash of a
-    split is followed by the one with the lowest.
+    Of the rows with the same value in ``splits``, this is the one with the next higher hash. The
+    row with the highest hash is followed by the one with the lowest.
 
     Args:
-        splits: the value of the source's column ``split`` for each row, as an index into
-            ``SPLITS``.
+        splits: each row's column ``split`` in the source: 0 for no value, 1 for ``train``, 2 for
+            ``held_out``.
         hashes: the hash of each row's text.
     """
     order = np.lexsort((hashes, splits))

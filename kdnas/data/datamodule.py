@@ -143,14 +143,15 @@ class DataSettings:
 
 
 class KDDataModule(ResumableDataModule):
-    """Masked batches for distillation, of some training rows (``mini``) or all of them (``full``).
+    """Data module of masked batches for distillation, from some or all of the training rows.
 
     Args:
         teacher: the model whose tokenizer is used: a folder, a hub name, or ``quickstart``.
         text: a parquet, jsonl, csv or txt file, a folder of them, or a hub data set.
         settings: how text becomes batches.
-        split: ``mini`` or ``full`` training rows; the held-out rows are the same for both.
-        folder: folder of the tokenised texts, a subfolder for each; safe to delete. By default
+        split: ``mini`` for a share of the training rows, ``full`` for all of them; the held-out
+            rows are the same for both.
+        folder: folder of the tokenised texts, with a subfolder for each; safe to delete. By default
             ``tokens`` in the folder of all runs.
     """
 
@@ -178,13 +179,13 @@ class KDDataModule(ResumableDataModule):
         return self._rows
 
     def setup(self, stage: str | None = None) -> None:
-        """Open the tokenised text, which is made first if it does not exist.
+        """Open the tokenised rows; tokenise the text first if they do not exist.
 
-        One process makes it while the others wait.
+        One process tokenises it while the others wait. Lightning's ``stage`` is not used.
 
         Raises:
-            UserError: the text or the teacher cannot be used, or ``max_length`` is more than the
-                teacher takes.
+            UserError: the text or the teacher cannot be used, or ``max_length`` is more tokens than
+                the teacher accepts.
         """
         if self._rows is not None:
             return
@@ -252,8 +253,8 @@ class KDDataModule(ResumableDataModule):
     def _make(self, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
         """Write the tokenised rows into ``folder``.
 
-        If an earlier call was killed, its work is continued. Other processes that call this wait
-        until the rows are written.
+        The work of an earlier call that was killed is continued. Other processes that call this
+        wait until the rows are written.
         """
         lock = self.folder / f"{folder.name}.lock"
         pieces = self.folder / f"{folder.name}.pieces"
@@ -400,10 +401,10 @@ class KDDataModule(ResumableDataModule):
     def _parts(self) -> tuple[IntArray, IntArray]:
         """Return the numbers of the training rows and of the held-out rows, each in a random order.
 
-        The order is that of the numbers that ``shares`` returns. Rows whose split the source gives
-        are spread evenly among the others. If rows are paired, the last of the training rows and
-        the last of the held-out rows can have a partner of the other kind. So each is left out,
-        unless it is the only one of its kind.
+        The function ``shares`` gives the random numbers by which rows are sorted. Rows whose
+        ``split`` is given in the source are spread evenly among the others. If rows are paired, the
+        last training row and the last held-out row can have a partner of the other kind. So each of
+        the two is left out, unless it is the only row of its kind.
         """
         rows, settings = self.rows, self.settings
         place = shares(rows.hashes, settings.seed)
@@ -428,7 +429,8 @@ class KDDataModule(ResumableDataModule):
     def train_ids(self) -> IntArray:
         """Return the numbers of the training rows.
 
-        For ``full`` these are all of them, for ``mini`` a share that the seed draws.
+        If this module's split is ``full``, these are all training rows; if it is ``mini``, a share
+        of them that is drawn with the seed.
         """
         train, _ = self._parts
         share = 1.0 if self.split == "full" else self.settings.mini_fraction
@@ -445,7 +447,7 @@ class KDDataModule(ResumableDataModule):
         return np.sort(drawn[: max(1, num_drawn)])
 
     def draw_order(self) -> IntArray:
-        """Return all row numbers, in the order in which the rows are needed.
+        """Return the numbers of all rows, in the order in which their teacher states are needed.
 
         The held-out rows on which students are scored come first, then the training rows, then the
         rows that are not used.
@@ -496,7 +498,7 @@ class KDDataModule(ResumableDataModule):
         return self.val_dataloader()
 
     def predict_dataloader(self) -> DataLoader[str]:
-        """Return a DataLoader of all held-out rows with their texts, neither masked nor paired."""
+        """Return a DataLoader of all held-out rows (tokens and texts), not masked or paired."""
         settings = self.settings
         tokenizer = find_teacher(self.teacher).tokenizer
 

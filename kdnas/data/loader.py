@@ -28,9 +28,9 @@ _STOPS = (signal.SIGINT, *TERMINATIONS)
 class LengthGroupedBatches(DistributedSampler[Any]):
     """Batch sampler that groups rows of similar length and divides each batch among the ranks.
 
-    It yields, for each batch, which mask of the rows to use and the numbers of this rank's rows. In
-    a step, all ranks together use the same rows, whatever the number of ranks. It is a
-    DistributedSampler so that Lightning keeps it and sets its epoch.
+    The sampler yields, for each batch, the number of the mask to use and the numbers of this rank's
+    rows. The rows of a step, over all ranks, do not depend on the number of ranks. The class is a
+    DistributedSampler so that Lightning does not replace it, and tells it the epoch.
 
     Args:
         padded_lengths: padded length of every row of the dataset, in tokens.
@@ -123,9 +123,9 @@ class ResumableLoader(DataLoader[Any]):
     _num_to_skip = 0
 
     def state_dict(self) -> dict[str, int]:
-        """Return ``num_given``, the number of batches yielded in this epoch, and ``num_ranks``.
+        """Return the number of batches yielded in this epoch, and the number of ranks.
 
-        At the end of an epoch ``num_given`` is 0.
+        Their keys are ``num_given``, which is 0 at the end of an epoch, and ``num_ranks``.
         """
         limit = math.inf if self.trainer is None else self.trainer.num_training_batches
         is_within = self._num_given < min(len(self), limit)
@@ -136,7 +136,8 @@ class ResumableLoader(DataLoader[Any]):
         """Make the next epoch skip the batches that were used before the checkpoint was written.
 
         Raises:
-            UserError: the state was saved by another number of processes, whose batches differ.
+            UserError: the state was saved within an epoch by another number of processes, whose
+                batches differ.
         """
         num_ranks = getattr(self.sampler, "num_ranks", 1)
         if state["num_given"] and state.get("num_ranks", num_ranks) != num_ranks:
@@ -233,7 +234,7 @@ class ResumableDataModule(pl.LightningDataModule):
     _loader_state: dict[str, int] | None = None
 
     def resumable(self, loader: ResumableLoader) -> ResumableLoader:
-        """Return the training loader; it resumes at the position of a loaded checkpoint, if any."""
+        """Return this training loader, set to resume at a loaded checkpoint's position, if any."""
         if self._loader_state is not None:
             loader.load_state_dict(self._loader_state)
             self._loader_state = None

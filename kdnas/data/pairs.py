@@ -26,7 +26,7 @@ def make_pair(text: str, other: str, rng: np.random.Generator) -> tuple[str, str
         rng: random generator; its state and the two texts determine the pair.
 
     Returns:
-        The two sentences, or None if ``text`` has fewer than ``MIN_WORDS`` words.
+        The two sentences, or None if ``text`` has fewer than 8 words (``MIN_WORDS``).
     """
     words = text.split()
     if len(words) < MIN_WORDS:
@@ -59,10 +59,9 @@ def _piece(words: list[str], rng: np.random.Generator) -> list[str]:
 def _neighbours(
     words: list[str], sentences: list[list[str]], rng: np.random.Generator
 ) -> tuple[list[str], list[str]]:
-    """Return the words before and the words after a random sentence end, as a pair of texts.
+    """Return some words just before and some words just after a random sentence end.
 
-    Only some of the words are taken. If there is only one sentence, a random gap between two words
-    is used.
+    If there is only one sentence, a random gap between two words is used instead of a sentence end.
     """
     ends = np.cumsum([len(sentence) for sentence in sentences])[:-1]
     cut = int(rng.choice(ends if len(ends) else np.arange(1, len(words))))

@@ -39,9 +39,9 @@ _SKIPPED = set(
 
 
 def text_and_task(text: str, task: str | None, folder: Path) -> tuple[str, str | None]:
-    """Return the text and the task; for ``quickstart``, the paths of files made in ``folder``.
+    """Return the names of a text and a task; for ``quickstart``, a path in ``folder`` instead.
 
-    The files are made by ``build_quickstart_text``, unless they exist.
+    The files at these paths are made by ``build_quickstart_text``, unless they exist.
     """
     if QUICKSTART not in (text, task):
         return text, task
@@ -53,7 +53,7 @@ def text_and_task(text: str, task: str | None, folder: Path) -> tuple[str, str |
 
 
 def build_quickstart_text(folder: Path, *, rows_per_package: int = 800) -> Path:
-    """Write an English text and a task from the docstrings of installed packages.
+    """Write an English text and a classification task from docstrings of installed packages.
 
     Sources are parsed, never imported. 12 % of the rows are held out, and no module has both
     training rows and held-out rows. No two rows differ only in case, punctuation, digits or names
@@ -66,7 +66,7 @@ def build_quickstart_text(folder: Path, *, rows_per_package: int = 800) -> Path:
         folder: folder of the files, which appear all at once: ``text.parquet`` (columns text,
             package, module, split), ``which_package/train.parquet`` and
             ``which_package/validation.parquet``.
-        rows_per_package: how many rows to take from each package, at least 2.
+        rows_per_package: largest number of rows of the text from each package, at least 2.
 
     Returns:
         The path of ``text.parquet``, whose column ``split`` is used by ``load_corpus``.
@@ -140,8 +140,8 @@ def _package_rows(
 ) -> list[dict[str, str]]:
     """Return at most ``num_rows`` paragraphs of a package's docstrings; the first are held out.
 
-    Modules are taken in a fixed random order. Only paragraphs for which ``is_new`` returns True are
-    taken.
+    The modules in the folder ``root`` are read in a fixed random order. Paragraphs for which
+    ``is_new`` returns False are left out.
     """
     modules = {}
     for path in sorted(root.rglob("*.py")):
@@ -165,7 +165,7 @@ def _package_rows(
 
 
 def _balanced(examples: list[tuple[str, str]]) -> pa.Table:
-    """Return a table of (text, package) with equally many rows of each package."""
+    """Return the examples (text, package) as a table, with equally many of each package."""
     from datasets import ClassLabel, Features, Value
 
     labels = sorted(PACKAGES)

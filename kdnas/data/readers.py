@@ -1,4 +1,7 @@
-"""Readers of text sources: parquet, JSON lines, CSV, plain text, folders of these, the hub."""
+"""Readers of text sources: files, folders of files, and data sets on the Hugging Face hub.
+
+A file is parquet, JSON lines, CSV, TSV or plain text.
+"""
 
 import csv
 import hashlib
@@ -45,7 +48,8 @@ def all_rows(text: str, column: str) -> Iterator[Row]:
         column: the column that holds the text.
 
     Raises:
-        UserError: the source is missing or unreadable, lacks the column, or holds a bad value.
+        UserError: the source is missing or unreadable, lacks the column, or holds a value that is
+            not allowed.
     """
     files = _files(text)
     if files is None:
@@ -55,9 +59,10 @@ def all_rows(text: str, column: str) -> Iterator[Row]:
 
 
 def some_rows(text: str, column: str, most: int) -> tuple[list[Row], int]:
-    """Return up to ``most`` random rows of a source, and how many rows the source has.
+    """Return up to ``most`` random rows of the source ``text``, and how many rows it has in all.
 
-    The rows are the same at each call. A row is its text and the value of its column ``split``.
+    The rows are the same at each call. A row is its text, which is in ``column``, and the value of
+    its column ``split``.
     """
     generator = random.Random(0)
     kept: list[Row] = []
@@ -72,10 +77,11 @@ def some_rows(text: str, column: str, most: int) -> tuple[list[Row], int]:
 
 
 def text_sha256(text: str, column: str, known: Path) -> str:
-    """Return the hash of a text source: of its files' bytes, or of a hub data set's fingerprint.
+    """Return the hash of the source ``text``: of files' bytes, or of a hub data set's fingerprint.
 
     The JSON file ``known`` caches each file's hash with its size and modification time. A file is
     hashed again only if one of these has changed. One process hashes a file while others wait.
+    Only the fingerprint depends on ``column``, the column that holds the text.
     """
     files = _files(text)
     if files is None:
@@ -87,7 +93,7 @@ def text_sha256(text: str, column: str, known: Path) -> str:
 
 
 def _file_hashes(text: str, files: Sequence[Path], known: Path) -> dict[str, list[Any]]:
-    """Return the stamp (size, modification time) and hash of each file, by its resolved path."""
+    """Return each file's size, modification time and hash by its path; ``known`` caches them."""
     with _readable(text):
         stamps = {str(path.resolve()): stamp(path) for path in files}
 
@@ -263,7 +269,7 @@ def _dicts(batch: pa.RecordBatch) -> Iterator[dict[str, Any]]:
 
 
 def _batches(path: Path, file: pq.ParquetFile, names: list[str]) -> Iterator[pa.RecordBatch]:
-    """Yield batches of rows; refuse a parquet file that unpacks to far more than its size."""
+    """Yield batches of the columns ``names``; refuse a file that would unpack to far more bytes."""
     packed, metadata = path.stat().st_size, file.metadata
     groups = map(metadata.row_group, range(metadata.num_row_groups))
     unpacked = sum(group.total_byte_size for group in groups)

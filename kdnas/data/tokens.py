@@ -1,15 +1,19 @@
 """Rows of token ids in a folder: made once from a text, shared by every worker and rank.
 
 The folder is created complete or not at all. Each ``.bin`` file holds values of all rows, one row
-after the other: ``lengths.bin`` the number of tokens (int64), ``second_starts.bin`` the index at
-which the second sentence begins (int64), ``hashes.bin`` (uint64) and ``splits.bin`` (uint8) the
-``hashes`` and ``splits`` of a ``Corpus``, and ``variant00.bin``, ``variant01.bin``, ... the token
-ids under the row's mask of that number (int32).
+after the other:
+
+- ``lengths.bin`` holds each row's number of tokens (int64).
+- ``second_starts.bin`` holds the index of the token at which the second sentence begins (int64).
+- ``hashes.bin`` holds the hash of each row's text (uint64).
+- ``splits.bin`` holds each row's ``split`` in the source (uint8): 0 for no value, 1 for ``train``,
+  2 for ``held_out``.
+- ``variant00.bin``, ``variant01.bin``, ... hold the token ids under mask 0, mask 1, ... (int32).
 
 ``about.<hash of its content>.json`` has the hash of all ``.bin`` files, and the folder's name,
 which is the hash of everything that the rows depend on: a folder that was renamed is not used.
-``checked.json`` has the stamps (size, time of change) that the ``.bin`` files had when they were
-last hashed.
+``checked.json`` has the size and modification time of each ``.bin`` file when they were last
+hashed.
 
 Several processes write the rows in files of some thousand rows (pieces), which are then joined. A
 piece is complete or does not exist, so work that was killed resumes.
@@ -36,7 +40,7 @@ LENGTH_STEP = 8
 
 
 def padded(lengths: IntArray, max_length: int) -> IntArray:
-    """Return the padded lengths of rows: multiples of ``LENGTH_STEP``, at most ``max_length``."""
+    """Return rows' lengths rounded up to multiples of ``LENGTH_STEP``, at most ``max_length``."""
     return np.minimum(-(-lengths // LENGTH_STEP) * LENGTH_STEP, max_length)
 
 
@@ -51,7 +55,8 @@ class Batch(TypedDict):
         variant: which of each row's masks was used, a scalar.
         real_tokens: indices of the real tokens among all B * T, (N,); added by ``located``.
         pairs: indices of the rows with a second sentence, (P,); added by ``located``.
-        states: teacher layer -> hidden states (N, H) of the real tokens, if read in advance.
+        states: maps the number of a teacher layer to the layer's hidden states of the real tokens,
+            (N, H); only if they were read in advance.
     """
 
     input_ids: Tensor
@@ -67,7 +72,7 @@ class Batch(TypedDict):
 def located(batch: Batch) -> Batch:
     """Return a copy of a batch, with the indices of its real tokens and of its pairs.
 
-    They are found on the CPU, because to find them on a GPU means to wait for it.
+    The batch should be on the CPU: on a GPU, the call would wait for the GPU's earlier work.
     """
     return {**batch, "real_tokens": real_tokens(batch), "pairs": pairs(batch)}
 
@@ -145,8 +150,8 @@ def join_pieces(
         folder: an empty folder.
         pieces: files that ``write_piece`` wrote.
         hashes: hash of each row's text.
-        splits: the value of the source's column ``split`` for each row, as an index into
-            ``SPLITS``.
+        splits: each row's column ``split`` in the source: 0 for no value, 1 for ``train``, 2 for
+            ``held_out``.
         key: name that the folder will get.
         dropped: how many rows of the text were left out, by reason.
         num_variants: number of masks of each row.

@@ -102,8 +102,8 @@ def model_card(
 def _results(task: str, metrics: Mapping[str, float]) -> Iterator[EvalResult]:
     """Convert a task's metrics to the ``model-index`` format of the Hugging Face hub.
 
-    A metric's name may end with a part of the validation rows: those of MNLI that end with
-    ``_matched`` belong to the split ``validation_matched``, and likewise ``_mismatched``.
+    A metric was measured on the split ``validation``, or on the part that the end of its name says:
+    ``accuracy_matched`` of MNLI on ``validation_matched``, and likewise ``_mismatched``.
     """
     is_glue = task in TASKS
     for key, value in metrics.items():
@@ -120,9 +120,9 @@ def _results(task: str, metrics: Mapping[str, float]) -> Iterator[EvalResult]:
 
 
 def check_lines(report: Mapping[str, Any]) -> dict[str, dict[str, str]]:
-    """Return the results of an export's checks as text: a dictionary from titles to rows.
+    """Return the results of an export's checks as tables of text.
 
-    The rows under a title are ``{name: text}``.
+    The result maps the title of each table to its rows, ``{name: text}``.
 
     Args:
         report: the results, as ``export_student`` returns them.

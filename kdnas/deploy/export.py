@@ -1,4 +1,4 @@
-"""Export a student: a Hugging Face folder with ONNX graphs in float32 and int8, all checked."""
+"""Export a student as a Hugging Face folder with ONNX graphs in float32 and int8; check them."""
 
 import math
 import os
@@ -71,18 +71,18 @@ def export_student(
 ) -> dict[str, Any]:
     """Write a Hugging Face folder with ONNX graphs, ``predict.py``, model card and manifest.
 
-    The graphs, in float32 and int8, take the tokenizer's ``model_input_names`` with any batch size
-    and length. They return ``logits`` (classifier) or ``last_hidden_state`` (encoder, without its
-    pooler).
+    The graphs, in float32 and int8, have the tokenizer's ``model_input_names`` as inputs, with any
+    batch size and length. They return ``logits`` (classifier) or ``last_hidden_state`` (encoder,
+    without its pooler).
 
     Args:
         source: a Hugging Face folder with a tokenizer and a model, which is loaded as a sequence
             classifier if the config names one, or else as an encoder.
         folder: folder of the export. It is written, or replaced, as a whole once all checks have
             passed.
-        card: content of the model card, see ``model_card``.
-        make_rows: makes two sets of rows from the tokenizer: one to choose the best of several int8
-            graphs, and one to compare that graph with the float32 graph; None: random words.
+        card: facts for the model card, such as the model's name; ``model_card`` lists them all.
+        make_rows: makes two sets of rows with the tokenizer: one to choose the better of two int8
+            graphs, and one to compare it with the float32 graph; None: rows of random words.
         length: number of tokens at which texts are cut; None: the longest input of the model.
         sentences: the teacher of a sentence encoder, and texts for comparison. If given,
             sentence-transformers can load the folder, with this teacher's pooling.
@@ -90,11 +90,12 @@ def export_student(
         min_seconds: least time of each latency measurement, in seconds.
 
     Returns:
-        ``max_abs_difference`` (between torch and onnxruntime), ``onnx_megabytes``,
-        ``int8_megabytes`` and ``safetensors_megabytes`` (of 10^6 bytes), ``opset``, ``int8`` (see
-        ``write_best_int8``), ``latency`` (a list of measurements on one CPU thread, each with
-        ``batch``, ``length``, ``torch_ms``, ``onnx_ms`` and ``int8_ms``) and, with ``sentences``,
-        ``sentences`` (see ``add_sentence_files``).
+        A dictionary with ``max_abs_difference`` (of outputs, between torch and onnxruntime),
+        ``onnx_megabytes``, ``int8_megabytes`` and ``safetensors_megabytes`` (sizes of the files, in
+        10^6 bytes), ``opset`` (of ONNX), ``int8`` (the result of ``write_best_int8``), ``latency``
+        (a list of measurements on one CPU thread, each with ``batch``, ``length``, ``torch_ms``,
+        ``onnx_ms`` and ``int8_ms``) and, with ``sentences``, ``sentences`` (the result of
+        ``add_sentence_files``).
 
     Raises:
         UserError: model or tokenizer of the source cannot be loaded completely, or ``length`` is
@@ -139,7 +140,7 @@ def export_student(
 
 
 def teacher_in(config: PreTrainedConfig) -> dict[str, str]:
-    """Return ``{"teacher_sha256": hash}``, for a manifest; {} if the config has no such hash."""
+    """Return the teacher's hash in a config as ``{"teacher_sha256": hash}``; {} if it has none."""
     known = getattr(config, "teacher_sha256", None)
     return {"teacher_sha256": str(known)} if known else {}
 
@@ -210,7 +211,7 @@ def load_student(source: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase
 
 
 def _parity_lengths(longest: int) -> list[int]:
-    """Return the row lengths to check: Fibonacci numbers below ``longest``, and ``longest``."""
+    """Return row lengths to check, in tokens: ``longest``, and Fibonacci numbers below it."""
     lengths, step = [1], 1
     while lengths[-1] + step < longest:
         lengths.append(lengths[-1] + step)
@@ -221,10 +222,11 @@ def _parity_lengths(longest: int) -> list[int]:
 def _check_parity(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: Path, tolerance: float
 ) -> float:
-    """Return the largest difference between torch and onnxruntime on real tokens.
+    """Return the largest difference between outputs of torch and onnxruntime, without padding.
 
-    The difference is measured on single rows and on padded batches, from 1 token up to the longest
-    rows that ``MOST_SCORES`` allows. A difference above ``tolerance`` raises ``ParityError``.
+    It is measured on random single rows and padded batches, from 1 token up to the longest rows
+    whose attention scores number at most ``MOST_SCORES``. A difference above ``tolerance`` raises
+    ``ParityError``.
     """
     output = output_name(model)
     session = open_session(path)

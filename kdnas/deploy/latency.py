@@ -104,7 +104,7 @@ class LatencySettings:
             )
 
     def batches(self) -> list[list[int]]:
-        """Return a list with, for each batch that is timed, the list of its row lengths."""
+        """Return, for each batch that is timed, the lengths of its rows in tokens."""
         if self.lengths is None:
             return [[self.length] * self.batch_size]
         rows = _read_lengths(self.lengths)
@@ -125,7 +125,7 @@ class LatencySettings:
 
 @dataclass(frozen=True)
 class Latency:
-    """Time of one forward pass.
+    """Measured time of one forward pass of a model on a batch.
 
     Args:
         median_ms: median time of a pass, in milliseconds.
@@ -147,7 +147,7 @@ class Latency:
 
 
 def measured_by(how: Mapping[str, Any]) -> str:
-    """Describe a measurement in words: ``torch on cpu, batch 1 x 128, 1 thread``.
+    """Describe in words how latency is measured: ``torch on cpu, batch 1 x 128, 1 thread``.
 
     Args:
         how: fields of ``LatencySettings`` as a dict; missing fields have their defaults.
@@ -172,7 +172,7 @@ class ArchLatency:
     Args:
         student: latency of the student.
         teacher: latency of the teacher, measured in turn with the student.
-        num_parameters: parameters of the student, encoder and classification head.
+        num_parameters: number of parameters of the student with its classification head.
     """
 
     student: Latency
@@ -236,7 +236,7 @@ class LatencyMeter:
     Encoder and classification head have random weights, on which latency does not depend.
 
     Args:
-        teacher_config: config of the teacher; it decides the family of the students.
+        teacher_config: config of the teacher, whose model family (such as BERT) students have.
         settings: how latency is measured.
 
     Raises:
@@ -250,11 +250,11 @@ class LatencyMeter:
         self._known: dict[StudentArch, ArchLatency] = {}
 
     def remember(self, arch: StudentArch, value: ArchLatency) -> None:
-        """Use a known latency for an architecture, instead of measuring it."""
+        """Store ``value`` as the latency of an architecture, so that it will not be measured."""
         self._known[arch] = value
 
     def measure(self, arch: StudentArch) -> ArchLatency:
-        """Return the latency of an architecture; it is measured at the first call only.
+        """Return the latency of an architecture; only the first call for it measures.
 
         Raises:
             CandidateFailed: the median latency of student or teacher is 0 or not finite.
@@ -264,9 +264,9 @@ class LatencyMeter:
         return self._known[arch]
 
     def glance(self, arch: StudentArch) -> ArchLatency:
-        """Return the latency of an architecture: the known one, or else a quick measurement.
+        """Return the stored latency of an architecture, or else measure it quickly.
 
-        A quick measurement is not reused by ``measure``.
+        A quick measurement is not stored, so that ``measure`` does not use it.
         """
         seconds = min(GLANCE_SECONDS, self.settings.min_seconds)
         quick = replace(self.settings, min_seconds=seconds)
@@ -323,7 +323,7 @@ def _read_lengths(name: str) -> list[int]:
 
 
 def check_length(config: PreTrainedConfig, settings: LatencySettings) -> None:
-    """Raise ``UserError`` if the rows of ``settings`` are longer than a model takes."""
+    """Raise ``UserError`` if rows of ``settings`` are longer than a model of ``config`` takes."""
     longest = max_length(config)
     asked = max(map(max, settings.batches()))
     if asked > longest:
@@ -407,7 +407,7 @@ def _deployed(models: Sequence[nn.Module], device: str) -> Iterator[None]:
 
 
 def _timed(turn: Sequence[Callable[[], Any]], device: torch.device, share: float) -> list[float]:
-    """Run a model for ``share`` seconds and return the time of each forward pass, in seconds.
+    """Run a model for at least ``share`` seconds; return each forward pass's time in seconds.
 
     ``turn`` has a function for each batch, which runs the model on it. All batches run equally
     often, after one untimed pass.
@@ -440,6 +440,7 @@ def _seconds(run: Callable[[], Any], device: torch.device) -> float:
 def _summary(times: list[float], lengths: Sequence[Sequence[int]]) -> Latency:
     """Summarise the times (in seconds) of all forward passes of a model.
 
+    ``lengths`` has the row lengths of each batch, and ``times`` goes through the batches in turn.
     Median and 95th percentile are over all passes. The interquartile range is the mean of the
     batches' ranges, because different lengths would widen a common range. Tokens and rows per
     second are computed from each batch's median time.

@@ -36,7 +36,7 @@ def check_onnx() -> None:
 
 
 def output_name(model: PreTrainedModel) -> str:
-    """Return the name of the ONNX output: ``logits`` (classifier) or ``last_hidden_state``."""
+    """Return a model's output name in ONNX: ``logits`` (classifier) or ``last_hidden_state``."""
     return "logits" if "ForSequenceClassification" in type(model).__name__ else "last_hidden_state"
 
 
@@ -48,8 +48,9 @@ def random_batch(
     Args:
         config: config of the model.
         lengths: number of real tokens of each row.
-        names: inputs to make: ``input_ids``, ``attention_mask``, ``token_type_ids``. Token types
-            are 1 in the second half of each row if the model uses them, and else 0 everywhere.
+        names: names of the inputs to make, any of ``input_ids``, ``attention_mask`` and
+            ``token_type_ids``. Token types are 1 in the right half of the batch if the model uses
+            them, and else 0 everywhere.
         seed: seed of the ids.
 
     Returns:
@@ -79,7 +80,7 @@ def write_onnx(model: PreTrainedModel, path: Path, input_names: Sequence[str] = 
     Args:
         model: a model in eval mode on the CPU; it is not changed.
         path: the file to write.
-        input_names: the graph's inputs.
+        input_names: names of the graph's inputs, such as ``input_ids``.
     """
     axes = {0: Dim("batch"), 1: Dim("length", min=2, max=max_length(model.config))}
     batch = random_batch(model.config, [8, 5], input_names)
@@ -156,7 +157,7 @@ def write_int8(source: Path, target: Path, calibration: Iterable[Feed] | None = 
 
 
 def write_deployed(model: PreTrainedModel, folder: Path, int8: bool) -> Path:
-    """Write a model's ONNX graph and config to a folder; return the path of the graph."""
+    """Write a model's config and its ONNX graph, in float32 or int8; return the graph's path."""
     model.config.save_pretrained(folder)
     marks = ["token_type_ids"] if marks_pairs(model.config) else []
     write_onnx(model, folder / ONNX, [*INPUTS, *marks])
@@ -184,7 +185,7 @@ def config_beside(path: Path) -> PreTrainedConfig:
 
 @contextmanager
 def _told_if_full(source: Path, target: Path) -> Iterator[None]:
-    """Context manager: if native code fails because the disk is full, raise the disk's error."""
+    """Context manager that raises an OSError if any other error is due to a full disk."""
     try:
         yield
     except OSError:
@@ -199,7 +200,7 @@ def _told_if_full(source: Path, target: Path) -> Iterator[None]:
 
 @contextmanager
 def _quiet(logger_name: str) -> Iterator[None]:
-    """Context manager that silences warnings, and the records of a logger below level error."""
+    """Context manager that silences all warnings, and a logger's records below the level ERROR."""
     logger = logging.getLogger(logger_name)
     level = logger.level
     logger.setLevel(logging.ERROR)

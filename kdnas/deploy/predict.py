@@ -57,7 +57,7 @@ class Predictor:
         )
 
     def encode(self, texts: Sequence[str] | Sequence[tuple[str, str]]) -> dict[str, np.ndarray]:
-        """Tokenise texts, or pairs of texts; return the graph's inputs, each (texts, tokens)."""
+        """Tokenise texts or pairs; return the graph's inputs by name, each (texts, tokens)."""
         rows = self.tokenizer.encode_batch(list(texts))
         values = {
             "input_ids": [row.ids for row in rows],
@@ -108,7 +108,7 @@ def _read(path: Path) -> Any:
 
 
 def main(args: Sequence[str]) -> int:
-    """Run the command line, and return its exit code."""
+    """Run the command line ``args``, without the program's name; return the exit code."""
     flags = [arg for arg in args if arg.startswith("--")]
     texts = [arg for arg in args if not arg.startswith("--")]
     is_pair = "--pair" in flags

@@ -26,7 +26,7 @@ BATCH_SIZE = 16
 
 @dataclass(frozen=True)
 class Rows:
-    """Batches of rows for the int8 graph; no row is in both ``choose`` and ``report``.
+    """Batches of rows to choose an int8 graph, and others to compare it with the float32 graph.
 
     Args:
         choose: batches of training rows on which the int8 graph is calibrated and chosen.
@@ -46,7 +46,7 @@ class Rows:
 def task_rows(
     task: LoadedTask, tokenizer: PreTrainedTokenizerBase, length: int, is_scored: bool = True
 ) -> Rows:
-    """Draw rows of a task for the int8 graph: up to 256 training and 2,000 validation rows.
+    """Draw up to 256 training and 2,000 validation rows to choose and compare an int8 graph.
 
     Args:
         task: the task with its rows.
@@ -74,7 +74,7 @@ def task_rows(
 def text_rows(
     train: Sequence[str], held_out: Sequence[str], tokenizer: PreTrainedTokenizerBase, length: int
 ) -> Rows:
-    """Draw texts for the int8 graph: up to 256 training texts and 256 held-out texts.
+    """Draw up to 256 training and 256 held-out texts, to choose and compare an int8 graph.
 
     Args:
         train: training texts, to calibrate and choose the graph.
@@ -96,11 +96,11 @@ def text_rows(
 
 
 def random_rows(config: PreTrainedConfig, names: Sequence[str], length: int) -> Rows:
-    """Make rows of random token ids for the int8 graph, if there is no text.
+    """Make rows of random token ids, to choose and compare an int8 graph where there is no text.
 
     Args:
         config: config of the student.
-        names: inputs of the graph.
+        names: names of the graph's inputs.
         length: largest number of tokens in a row; the smallest is 2.
     """
     drawn = np.random.default_rng(0).integers(2, length + 1, size=(16, 8)).tolist()
@@ -119,8 +119,8 @@ def _sample(rows: Sequence[Any], most: int) -> list[Any]:
 def outputs(path: Path, batches: Sequence[Feed]) -> list[np.ndarray]:
     """Return a graph's output for each batch.
 
-    It is the logits, shape (rows, labels), or the hidden states of all real tokens, shape (tokens,
-    width).
+    An output is the logits, shape (rows, labels), or the last hidden states of all tokens that are
+    not padding, shape (tokens, width).
 
     Args:
         path: the ONNX graph.
@@ -140,7 +140,7 @@ def score(task: Task, found: Sequence[np.ndarray], batches: Sequence[Feed]) -> f
 
     Args:
         task: the task.
-        found: the output for each batch.
+        found: the graph's output for each batch, as from ``outputs``.
         batches: the batches, which have the true ``labels``.
     """
     metrics = make_metrics(task)
@@ -152,10 +152,10 @@ def score(task: Task, found: Sequence[np.ndarray], batches: Sequence[Feed]) -> f
 
 
 def cosine(first: Sequence[np.ndarray], second: Sequence[np.ndarray]) -> float:
-    """Return the cosine of two graphs' outputs, which are lists of batches.
+    """Return the cosine similarity of two graphs' outputs, as from ``outputs``.
 
-    It is the mean cosine over the rows of the outputs (tokens of an encoder). If rows have fewer
-    than 32 numbers, such as logits, all are joined into one vector instead.
+    It is the mean over the rows of the outputs (for an encoder, over tokens). If rows have fewer
+    than 32 numbers, such as logits, each graph's rows are joined into one vector instead.
     """
     a, b = (torch.from_numpy(np.concatenate(list(parts))).double() for parts in (first, second))
     if a.shape[1] < 32:  # the angle between two vectors of few logits says little
@@ -168,8 +168,8 @@ def compare(
 ) -> dict[str, float]:
     """Return a comparison of an int8 graph with the float32 graph, as a dictionary.
 
-    It has ``cosine`` between their outputs and, with a task, the task's ``score`` of the float32
-    graph and ``int8_score`` of the int8 graph.
+    Its values are ``cosine``, the cosine similarity of both graphs' outputs, and, with a task,
+    ``score`` and ``int8_score``, the task's scores of the float32 and the int8 graph.
 
     Args:
         exact: the float32 graph.
@@ -187,10 +187,10 @@ def compare(
 
 
 def lost(result: Mapping[str, Any]) -> float:
-    """Return the share of the score that int8 loses, or ``1 - cosine`` without a score.
+    """Return the share of the float32 score that int8 loses; without scores, ``1 - cosine``.
 
     Args:
-        result: result of ``compare``.
+        result: the dictionary that ``compare`` returned.
     """
     if "score" not in result:
         return 1 - result["cosine"]
@@ -198,9 +198,10 @@ def lost(result: Mapping[str, Any]) -> float:
 
 
 def write_best_int8(source: Path, target: Path, rows: Rows) -> dict[str, Any]:
-    """Write an int8 graph with dynamic scales of activations, or static scales if they lose less.
+    """Write an int8 graph with dynamic scales of activations, or static scales if they are better.
 
-    Static scales are tried only if dynamic scales lose more than 1 % on ``rows.choose``.
+    Dynamic scales are computed for each batch, static scales once, on ``rows.choose``. The latter
+    are tried only if dynamic scales lose more than 1 % of the score or cosine on ``rows.choose``.
 
     Args:
         source: the float32 graph.

@@ -1,4 +1,4 @@
-"""Make an export that sentence-transformers loads, and compare it with the teacher."""
+"""Make an export that sentence-transformers loads, and compare its vectors with the teacher's."""
 
 import importlib.util
 import logging
@@ -28,10 +28,12 @@ class Sentences:
 
     Args:
         teacher: a sentence encoder, whose pooling the student gets.
-        train: texts to fit a linear map from the student's vectors to the teacher's.
-        held_out: texts on which the student's vectors, mapped, are compared with the teacher's.
-        task: pairs of sentences with a similarity, such as STS-B, on which student and teacher are
-            scored; None: they are not scored.
+        train: texts on which a linear regression of the teacher's sentence vectors on the student's
+            is fitted.
+        held_out: texts on which the regression's predictions are compared with the teacher's
+            vectors.
+        task: a task with similarities of sentence pairs, such as STS-B, on which student and
+            teacher are scored; None: they are not scored.
     """
 
     teacher: Teacher
@@ -41,10 +43,10 @@ class Sentences:
 
 
 def check_sentences(task: LoadedTask | None) -> None:
-    """Raise an error if sentence vectors cannot be checked.
+    """Raise an error if a student's sentence vectors cannot be compared with its teacher's.
 
     Args:
-        task: the task with which they are scored; None: no task.
+        task: the task on which sentence vectors are to be scored; None: they are not scored.
 
     Raises:
         UserError: sentence-transformers is not installed, or the task does not have pairs of
@@ -76,10 +78,11 @@ def add_sentence_files(
         sentences: the teacher, and texts to compare on.
 
     Returns:
-        ``pooling`` (``mean`` or ``cls``), ``normalized`` (whether vectors have length 1),
-        ``cosine`` (mean over held-out texts, between the teacher's vectors and the student's after
-        a linear map, fitted on training texts) and, with a task, its name ``task``, ``spearman``
-        and ``teacher_spearman`` (see ``spearman``).
+        A dictionary with ``pooling`` (``mean`` or ``cls``), ``normalized`` (whether vectors have
+        length 1), ``cosine`` (the mean, over held-out texts, of the cosine between the teacher's
+        vector and its prediction from the student's by a linear regression on training texts) and,
+        with a task, ``task`` (its name), ``spearman`` and ``teacher_spearman`` (Spearman's
+        correlations of student and teacher on the task).
 
     Raises:
         UserError: the model is a classifier, or the teacher is not a sentence encoder with a

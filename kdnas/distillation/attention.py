@@ -20,9 +20,10 @@ class AttentionMaps(Objective):
 
     ``mean_i mean_a mean_n sum_m P_ia(n, m) log (P_ia(n, m) / S_ia(n, m))`` over student layers i,
     their heads a, and real tokens n and m. S_ia is the attention map of head a in student layer i.
-    P_ia is the map of the teacher's head from which that head was initialised. The term keeps the
-    attention between the two sentences of a pair, which pair tasks need; training on hidden states
-    alone weakens that attention (LOG.md).
+    P_ia is the map of the teacher's head from which that head was initialised; if the student's
+    heads were not made from the teacher's, evenly spread heads of the teacher are used. The term
+    preserves the attention between the two sentences of a pair, which pair tasks need; training on
+    hidden states alone weakens that attention (LOG.md).
 
     Source: TinyBERT (Jiao et al. 2020, section 3.1), but with the KL divergence of MiniLM (Wang et
         al. 2020, section 3.1) instead of the squared error of attention logits.
@@ -70,7 +71,7 @@ class AttentionRelations(Objective):
     """MiniLMv2's loss on self-attention relations: query-query, key-key and value-value.
 
     The loss is ``KL(softmax(x_t x_t^T / sqrt(d_t)) || softmax(x_s x_s^T / sqrt(d_s)))``, averaged
-    over x = queries, keys and values. x_t is taken from one teacher layer, x_s from the student's
+    over x = queries, keys and values. x_t is from teacher layer ``layer``, x_s from the student's
     last layer. Each is split into ``num_heads`` relation heads, of size d_t and d_s. So student and
     teacher can differ in width and in number of attention heads.
 

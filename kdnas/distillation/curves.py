@@ -14,10 +14,10 @@ def _every(trainer: pl.Trainer) -> int:
 
 
 class StudentCurves(pl.Callback):
-    """Callback that logs learning rate, tokens per second and, once, the student's description.
+    """Callback that logs learning rate, tokens per second and, once, a description of the student.
 
     The learning rate is the highest of all parameter groups. Tokens are counted on all devices,
-    without padding. Time spent on validation is left out.
+    without padding. Time spent on validation does not count for the speed.
     """
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -54,10 +54,11 @@ def distill_student(
         optimizer: optimizer state of that candidate.
 
     Returns:
-        A dictionary for ``result.json`` with ``arch``, ``num_parameters``, ``seconds``,
-        ``num_rows``, ``num_epochs``, and the held-out metrics: ``history`` (after each epoch), and
-        after the last epoch ``loss``, ``contextual_share`` and ``sentence_r2``. If there are at
-        least ``FEWEST_ROWS`` held-out rows, also the two figures of ``sentence_agreement``.
+        A dictionary for ``result.json`` with ``arch``, ``num_parameters``, ``seconds`` (of this
+        call), ``num_rows`` (training rows), ``num_epochs``, and the held-out metrics: ``history``
+        (after each epoch), and after the last epoch ``loss``, ``contextual_share`` and
+        ``sentence_r2``. If there are at least ``FEWEST_ROWS`` held-out rows, it also has
+        ``vector_cosine`` and ``similarity_order`` (``sentence_agreement``).
     """
     started = time.monotonic()
     with own_random_numbers():

@@ -18,7 +18,7 @@ from kdnas.system.errors import UserError
 def within_half(states: Tensor) -> Tensor:
     """Return hidden states unchanged, after a check that float16 can store them.
 
-    Larger numbers would become infinite in float16 without an error.
+    Without the check, numbers beyond float16's range would silently become infinite.
 
     Raises:
         UserError: a number is NaN, or beyond the range of float16.

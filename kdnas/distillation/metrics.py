@@ -18,7 +18,10 @@ TOKEN_STRENGTH = 1e-2
 
 
 class TermErrors(Metric):
-    """Metric: mean error and number of errors of each loss term, over all batches and ranks."""
+    """Metric: mean error and number of errors of each loss term, over all batches and ranks.
+
+    A loss term has one error per token, row or sentence pair.
+    """
 
     full_state_update = False
 
@@ -31,7 +34,7 @@ class TermErrors(Metric):
         self.add_state("counts", torch.zeros(num_terms, dtype=torch.float64), dist_reduce_fx="sum")
 
     def update(self, sums: Tensor, counts: Tensor) -> None:
-        """Add a batch's sum and number of errors of each loss term, both of shape (terms,)."""
+        """Add a batch: the sum and number of each loss term's errors, both of shape (terms,)."""
         # Not in place: Trainer.validate leaves inference tensors, which a fit may not change.
         self.sums = self.sums + sums.detach()
         self.counts = self.counts + counts
@@ -49,9 +52,9 @@ class RidgeProbe(Metric):
 
     The map is fitted on every second batch, and its error is measured on the other batches. The
     first batch is used for both, one half for each. X, (n, D + 1), holds the student's states and a
-    last column of ones; Y, (n, H), the teacher's. The map is ``W = argmin |X W - Y|^2 + strength *
-    mean diagonal of X'X * |W|^2``. Its error is ``MSE = (tr Y'Y - 2 tr W'X'Y + tr W'X'X W) / (n
-    H)``. So the metric only needs to store X'X, X'Y and tr Y'Y.
+    last column of ones; Y, (n, H), holds the teacher's states. The map is ``W = argmin |X W - Y|^2
+    + strength * mean diagonal of X'X * |W|^2``. Its error is ``MSE = (tr Y'Y - 2 tr W'X'Y + tr
+    W'X'X W) / (n H)``. So the metric only needs to store X'X, X'Y and tr Y'Y.
 
     Args:
         num_inputs: D, the student's width.

@@ -123,7 +123,7 @@ def _on_device(values: tuple[float, ...], dtype: torch.dtype, device: torch.devi
 
 
 def calibration_rows(data: KDDataModule) -> CalibrationRows:
-    """Return batches of training rows, a random sample, from which students are initialised.
+    """Return batches of a random sample of training rows, on which students' weights are fitted.
 
     The sample is the same on all ranks.
     """
@@ -136,7 +136,8 @@ class HiddenStateDistillModule(ClipFusedGradients):
     ``loss = sum_k w_k e_k / s_k`` over the terms k of the recipe's loss. e_k is the mean error of
     term k and w_k its weight. s_k is the variance of the term's teacher layer if ``Term.scaled``,
     else 1. The held-out loss, which a search uses to rank students, is the weighted mean of the
-    terms with ``Term.compares``; if no term has it, of all terms.
+    terms by which students of different shapes can be ranked (``Term.compares``) or, if there are
+    none, of all terms.
 
     The teacher is not a submodule, so ``parameters()``, checkpoints and DDP do not include it.
     ``setup`` opens ``self.states``, the teacher's stored hidden states. A search sets
@@ -271,7 +272,7 @@ class HiddenStateDistillModule(ClipFusedGradients):
         """Return the ``View`` of the student and that of the teacher on a batch.
 
         A ``View`` holds a model's hidden states and attention. The teacher's hidden states are
-        read, if they are stored, or computed.
+        read if they are stored, and computed otherwise.
         """
         assert self.states is not None, "setup() sets it"
         # In train mode the attention maps would have dropout.
@@ -286,8 +287,8 @@ class HiddenStateDistillModule(ClipFusedGradients):
     def forward(self, student: View, teacher: View) -> tuple[Tensor, Tensor]:
         """Return, for each loss term, the sum of a batch's errors and the number of errors.
 
-        These are two tensors of shape (terms,). A ``View`` holds a model's hidden states and
-        attention.
+        These are two tensors of shape (terms,). A term has one error per token, row or sentence
+        pair. A ``View`` holds a model's hidden states and attention.
         """
         errors, counts = zip(*self.criterion(student, teacher), strict=True)
         sums = torch.stack(errors)
@@ -400,7 +401,7 @@ class HiddenStateDistillModule(ClipFusedGradients):
         return metrics
 
     def stats(self, layer: int) -> LayerStats:
-        """Return the reference values for errors on a teacher layer, such as its variance."""
+        """Return what errors on a teacher layer are compared with, such as the layer's variance."""
         assert self.states is not None, "setup() sets it"
         return self.states.stats[layer]
 

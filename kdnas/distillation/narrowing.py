@@ -1,9 +1,11 @@
-"""A smaller student is made from its teacher's layers, one linear map at a time, by least squares.
+"""Initialise a smaller student from its teacher's layers, one linear map at a time.
 
-The stream is what flows from layer to layer: the hidden states of the real tokens. The maps are
-fitted on calibration rows, some training rows. "Flat" tensors hold the N real tokens of all
-calibration rows one after the other. Shapes: B rows, T padded tokens, H_t and H_s the widths of
-teacher and student, L layers, A heads, D dimensions of a head.
+A linear map is an ``nn.Linear`` module or a part of one. Each map of the student is fitted by least
+squares so that its outputs reproduce the teacher's queries, keys, values, neurons or hidden states
+on calibration rows (a sample of the training rows). The stream is what flows from layer to layer:
+the hidden states of the real tokens. "Flat" tensors hold the N real tokens of all calibration rows
+one after the other. Shapes: B rows, T padded tokens, H_t and H_s the widths of teacher and student,
+L layers, A heads, D dimensions of a head.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -30,7 +32,7 @@ ROUNDS = 2
 
 
 def start_embeddings(student: PreTrainedModel, teacher: PreTrainedModel, basis_TS: Tensor) -> None:
-    """Initialise a student's embeddings so that their output is nearly the teacher's times a basis.
+    """Initialise a student's embeddings to give nearly the teacher's outputs times ``basis_TS``.
 
     A layer norm is gamma * centred(x) / std(x) + beta. The teacher's gamma and centring are linear,
     so they are multiplied into the student's embedding tables. The student's gamma is the same
@@ -41,7 +43,8 @@ def start_embeddings(student: PreTrainedModel, teacher: PreTrainedModel, basis_T
     Args:
         student: the student, changed in place.
         teacher: the teacher, of the same family.
-        basis_TS: the basis (H_t, H_s): projects the teacher's hidden states to the student's width.
+        basis_TS: matrix (H_t, H_s) that projects the teacher's hidden states to the student's
+            width.
     """
     ours: Any = student.embeddings
     theirs: Any = teacher.embeddings
@@ -75,7 +78,7 @@ def start_embeddings(student: PreTrainedModel, teacher: PreTrainedModel, basis_T
 
 
 def copied_tables(student: PreTrainedModel) -> frozenset[str]:
-    """Return the names of the embedding parameters that train at the learning rates of copies.
+    """Return the names of embedding parameters that train at the learning rates of copied ones.
 
     These are the embedding parameters of models with a linear map after the embedding tables
     (ALBERT, ELECTRA). Other embeddings train like new parameters even if they are copies, because
@@ -92,11 +95,11 @@ def narrow(
 ) -> tuple[tuple[int, ...], ...]:
     """Initialise a student's embeddings and layers from its teacher's, by least squares.
 
-    Each student layer is made from one teacher layer, chosen by ``kept_layers``. It replaces a
-    group: this teacher layer and the left-out layers that follow it. Let x be the teacher's hidden
-    states, and B, (H_t, H_s), the first principal components of x after the embeddings and after
-    each group. They are rotated so that nothing is lost when a layer norm removes the mean. The
-    student's hidden states z should equal ``B^T x``.
+    Each student layer is made from one teacher layer, chosen by ``kept_layers``. The student
+    layer replaces a group: this teacher layer and the left-out layers that follow it. Let x be the
+    teacher's hidden states, and B, (H_t, H_s), the first principal components of x after the
+    embeddings and after each group. These components are rotated so that nothing is lost when a
+    layer norm removes the mean. The student's hidden states z should equal ``B^T x``.
 
     Student layers are fitted in order, each on the z that the layers before it give. All linear
     maps are fitted by ridge regression. The targets of the query, key and value maps are the
@@ -108,8 +111,8 @@ def narrow(
     replaces the left-out layers, as far as a linear map can. Families other than BERT differ in
     some steps (``_STEPS``).
 
-    If the student is as wide as its teacher, B is the identity, the kept heads and neurons are
-    copied, and least squares correct each copied map.
+    If the student is as wide as its teacher, B is the identity, the heads and neurons that change x
+    most are copied, and least squares correct each copied map.
 
     Args:
         student: the student, changed in place.
@@ -135,9 +138,9 @@ class TeacherStream:
     Args:
         states: layer -> hidden states after that layer, (N, H_t), in float16; -1: the embedding
             output, in float32.
-        scales: for each layer norm that ends a layer, the standard deviation that it divides by,
-            (N, 1).
-        is_raw: whether the states are taken before a norm, as in pre-norm models.
+        scales: for each layer norm that ends a layer, the standard deviation by which the norm
+            divides each token's states, (N, 1).
+        is_raw: whether the states are not layer-normed, as between the layers of pre-norm models.
     """
 
     states: dict[int, Tensor]
@@ -223,7 +226,7 @@ class CalibrationRows(list[Batch]):
 
 
 def _embedded(model: PreTrainedModel, rows: Sequence[Batch]) -> tuple[Tensor, Tensor]:
-    """Run the embeddings on all rows; return inputs of their layer norm and outputs, (N, width)."""
+    """Run the embeddings on all rows; return their norm's inputs, and their outputs, (N, width)."""
     before: list[Tensor] = []
     with embedding_norm(model).register_forward_hook(
         lambda module, inputs, output: before.append(inputs[0])
@@ -291,7 +294,7 @@ class _Narrowing:
     def _layers(
         self, sources: list[int], ends: list[int], heads: list[list[int]], z: Tensor
     ) -> None:
-        """Fit the student's layers, first to last; z: its embedding output, (tokens, width)."""
+        """Fit the student's layers, first to last; z: output of the embeddings, (tokens, width)."""
         for number, (source, end) in enumerate(zip(sources, ends, strict=True)):
             z = self._layer(number, source, end, heads[number], z)
 
@@ -340,7 +343,7 @@ class _Narrowing:
             number: number of the student layer.
             source: number of the teacher layer from which the student layer is made.
             end: number of the teacher layer whose output the student layer's output should match.
-            heads: numbers of the heads of ``source`` to keep.
+            heads: numbers of the heads of teacher layer ``source`` that the student layer gets.
             z: the student's hidden states before the layer, (tokens, width).
         """
         layer = self.layers[number]
@@ -405,7 +408,7 @@ class _Narrowing:
         return z
 
     def _settled(self, norm: Any, before: Tensor) -> Tensor:
-        """Return the teacher's states after a sublayer: after its norm, in post-norm families."""
+        """Return teacher states ``before`` after ``norm``; in pre-norm families, unchanged."""
         return norm(before)
 
     def _settle(self, norm: Any, z: Tensor, target: Tensor) -> Tensor:
@@ -424,7 +427,7 @@ class _Narrowing:
         return ACT2FN[hidden_act](inner)
 
     def _attention_goal(self, source: int) -> tuple[Tensor, Tensor]:
-        """Return least-squares targets for a student layer's attention norm: output and input."""
+        """Return least-squares targets for the output and the input of an attention norm."""
         run = self._run(source)
         scale = run.before_attention_norm.std(-1, correction=0, keepdim=True)
         return self._goal(self._part(source, self.names.attention_norm), run.attention, scale)
@@ -473,7 +476,7 @@ class _Narrowing:
     def _scored(self, layer: Any, part: str, read: Tensor) -> Tensor:
         """Compute a teacher layer's queries or keys (``part``) from its input ``read``.
 
-        DeBERTa adds rows: the same map of the relative position embeddings.
+        In DeBERTa, the queries or keys of the relative position embeddings follow as more rows.
         """
         return F.linear(read, *attention_part(self.family, layer, part))
 
@@ -515,7 +518,7 @@ class _Narrowing:
         return importance.topk(self.ours.intermediate_size).indices.sort().values
 
     def _cut(self, source: int, heads: list[int]) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the kept heads' queries, keys and values, reduced to the student's head size."""
+        """Return these teacher heads' queries, keys and values, cut to the student's head size."""
         num_theirs = self.theirs.num_attention_heads
         size = self.ours.hidden_size // self.ours.num_attention_heads
         run = self._run(source)
@@ -537,14 +540,14 @@ class _Narrowing:
         return _best_factors(query, key, size)
 
     def _places(self, size: int, their_size: int) -> Tensor:
-        """Return each teacher head dimension's index in a student head of ``size`` dimensions."""
+        """Return, for each dimension of a teacher's head, its index in a student's head."""
         return torch.arange(their_size)
 
 
 class _SameWidth(_Narrowing):
-    """Steps to initialise a student that is as wide as its teacher: copy maps, then correct them.
+    """Steps to initialise a student that is as wide as its teacher.
 
-    The corrections are fitted by least squares.
+    Linear maps are copied, and the copies then corrected by least squares.
     """
 
     adds = True
@@ -557,7 +560,7 @@ class _SameWidth(_Narrowing):
         return _embedded(self.student, self.rows)[1]
 
     def _prepare(self, layer: nn.Module, source: int, heads: list[int], neurons: Tensor) -> None:
-        """Copy the kept heads, feed-forward neurons and norms from teacher layer ``source``."""
+        """Copy these heads and feed-forward neurons, and the norms, of teacher layer ``source``."""
         super()._prepare(layer, source, heads, neurons)
         names, origin, width = self.names, self.sources[source], self.ours.hidden_size
         size = width // self.ours.num_attention_heads
@@ -610,9 +613,9 @@ class _SameWidth(_Narrowing):
 
 
 class _OneSetOfHeads(_Narrowing):
-    """Steps to initialise a student from its teacher, with the same heads kept in all layers.
+    """Steps to initialise a student for which the same heads are chosen in all teacher layers.
 
-    They are the heads that change the hidden states most, summed over layers.
+    These are the heads that change the hidden states most, summed over layers.
     """
 
     def _importance(self, sources: list[int]) -> Tensor:
@@ -794,10 +797,10 @@ class _OneLayer(_OneSetOfHeads):
     """Steps to initialise an ALBERT student, whose one shared layer is applied ``depth`` times.
 
     The layer is fitted to all of its passes at once; each pass uses its own part of the calibration
-    rows. In the first round its inputs are the teacher's hidden states, projected to the student's
-    width; in later rounds, the student's own hidden states at each pass. All passes replace about
-    the same number of teacher layers, because one layer cannot do much in one pass and little in
-    another (LOG.md).
+    rows. In the first round, the layer's inputs are the teacher's hidden states, projected to the
+    student's width; in later rounds, they are the student's own hidden states at each pass. All
+    passes replace about the same number of teacher layers, because one layer cannot do much in one
+    pass and little in another (LOG.md).
     """
 
     def _kept(self) -> list[int]:
@@ -832,7 +835,7 @@ class _OneLayer(_OneSetOfHeads):
             self._layer(0, 0, 1, heads[0], stacked(flat, list(range(depth))))
 
     def _depths(self, depth: int) -> list[Tensor]:
-        """Share the rows among the passes of ALBERT's layer; return one token mask per pass."""
+        """Divide the rows among the passes of ALBERT's layer; return one token mask per pass."""
         places = [torch.arange(len(mask))[:, None].expand_as(mask)[mask] for mask in self.masks]
         return [torch.cat(places) % depth == i for i in range(depth)]
 

@@ -55,7 +55,7 @@ class View:
 
     @property
     def family(self) -> Family:
-        """The model's family (BERT, RoBERTa, ...), which knows the names of its modules."""
+        """The model's family (BERT, RoBERTa, ...), which has the names of the model's modules."""
         return family_of(self.model.config)
 
     def real(self, layer: int) -> Tensor:
@@ -159,7 +159,7 @@ class Term:
 
 
 class Criterion(nn.Module):
-    """Base class: a module that computes the loss ``terms``; it is trained with the student."""
+    """Base class of modules that compute the terms of a loss and are trained with the student."""
 
     terms: list[Term]
 
@@ -167,8 +167,8 @@ class Criterion(nn.Module):
     def forward(self, student: View, teacher: View) -> list[tuple[Tensor, int]]:
         """Return, for each loss term, the sum of a batch's errors and the number of errors.
 
-        They are a list of pairs. A ``View`` holds a model's hidden states and attention on the
-        batch.
+        The list has one pair for each term. A term has one error per token, row or sentence
+        pair. A ``View`` holds a model's hidden states and attention on the batch.
         """
 
     def fit(self, started: Started, students: Sequence[View], teachers: Sequence[View]) -> None:
@@ -176,8 +176,9 @@ class Criterion(nn.Module):
 
         Args:
             started: how the student was initialised.
-            students: for each calibration batch, hidden states of the initialised student.
-            teachers: for each calibration batch, hidden states of the teacher.
+            students: hidden states of the initialised student, for each batch of a sample of the
+                training rows.
+            teachers: hidden states of the teacher, for the same batches.
         """
 
 
@@ -226,7 +227,7 @@ def needed_layers(
 
 
 class HiddenStates(Objective):
-    """Mean squared error between projected student and teacher hidden states, as in KD-NAS.
+    """Mean squared error between the student's projected hidden states and the teacher's (KD-NAS).
 
     ``mean_ij mean_n |W_ij h_i(n) - t_j(n)|^2 / (H_t var_j)`` over pairs of a student layer i and a
     teacher layer j that it learns from, and over real tokens n. h_i and t_j are hidden states of
@@ -310,13 +311,13 @@ class _HiddenStates(Criterion):
 
 
 class LearnedMapping(Objective):
-    """Squared errors on every teacher layer, each with a learned mixture of student layers.
+    """Squared error of every teacher layer, averaged over student layers with learned weights.
 
     ``mean_j sum_i p_ij mean_n |W_ij h_i(n) - t_j(n)|^2 / (H_t var_j)`` over teacher layers j,
     student layers i and real tokens n. h_i and t_j are hidden states of student and teacher, W_ij
     is a trained projection, H_t the teacher's width, and var_j the variance of t_j. ``p_j =
-    softmax(a_j)`` is trained with the student. Every teacher layer is always learned, so all
-    students have the same task.
+    softmax(a_j)`` is trained with the student. Every student learns from all teacher layers, so
+    all students have the same task.
 
     Source: after ALP-KD (Passban et al. 2021), which instead mixes the teacher's layers.
     """

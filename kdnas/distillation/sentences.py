@@ -1,4 +1,4 @@
-"""Objectives on whole rows: [CLS] or mean state, similarity of rows, comparison of pairs."""
+"""Objectives on whole rows: [CLS] or mean states, similarities of rows, comparisons of pairs."""
 
 from collections.abc import Sequence
 

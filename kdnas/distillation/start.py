@@ -1,4 +1,4 @@
-"""Initialisation of a student's weights from its teacher's: projected, copied or narrowed."""
+"""Ways to initialise a student: at random, or from its teacher's embeddings or layers."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -47,7 +47,7 @@ class Start(ABC):
     def __call__(
         self, student: PreTrainedModel, teacher: PreTrainedModel, rows: Sequence[Batch]
     ) -> Started:
-        """Initialise a student from its teacher, in place, and return what came from the teacher.
+        """Initialise a student in place; return which parts were initialised from its teacher.
 
         Args:
             student: the student.
@@ -149,7 +149,7 @@ def embedding_basis(teacher: PreTrainedModel, width: int) -> Tensor:
 def copy_layers(student: PreTrainedModel, teacher: PreTrainedModel) -> Started:
     """Copy a teacher's embeddings and layers to a student that differs at most in depth.
 
-    ``kept_layers`` chooses which teacher layers are copied.
+    The student gets the teacher's first layers and its last (``kept_layers``).
     """
     family = family_of(teacher.config)
     layers, sources = family.layers(student), family.layers(teacher)

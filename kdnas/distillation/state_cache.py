@@ -1,15 +1,16 @@
 """The teacher's hidden states on disk: computed once, shared by every candidate, worker and rank.
 
-A cache is a folder of shards. A shard holds the states of rows of similar length: an array (L, T)
-of records of H numbers, for L layers and T real tokens. The rows that a search needs have shards of
-their own; the shards of other rows are computed when those rows are first needed.
+A cache is a folder of files called shards. A shard holds the states of rows of similar length: an
+array (L, T) of records of H numbers, for L layers and T real tokens. Rows that are first needed at
+about the same time, such as those of a search, are in the same shards; a shard is computed when one
+of its rows is first needed.
 
-The folder's name is the hash of everything that the states depend on. A shard's file name holds
-the shard's place (the number of the mask, called variant, and the number of the shard), and the
-hash of folder, place and content. So each shard can be checked by itself, without an index: a shard
-that is missing, truncated, damaged, misplaced or from another cache is computed again.
-``checked.json`` has the stamps (size, time of change) of the shards that one process has checked,
-so that other processes need not read these shards to check them.
+The folder's name is the hash of everything that the states depend on. A shard's file name holds two
+numbers, that of the mask variant (one random masking of all rows) and that of the shard, and a hash
+of the folder's name, both numbers and the content. So each shard can be checked by itself, without
+an index: a shard that is missing, truncated, damaged, misplaced or from another cache is computed
+again. ``checked.json`` holds the size and the modification time of each shard that a process has
+checked, so that other processes need not read these shards to check them.
 """
 
 import errno
@@ -101,7 +102,7 @@ def record_of(precision: Precision, hidden_size: int) -> np.dtype[np.void]:
 
 
 def pack(states_NH: Tensor, packed: np.ndarray) -> None:
-    """Write hidden states (N, H) into ``packed``, an array of N records (see ``record_of``)."""
+    """Write hidden states (N, H) into ``packed``, an array of N records of dtype ``record_of``."""
     within_half(states_NH)  # ``unpack`` returns float16, in whatever type they are stored
     if "scale" in packed.dtype.fields:  # type: ignore[operator]
         states_NH = states_NH.float()
@@ -174,14 +175,14 @@ class StateCache:
     def num_bytes(self, row_ids: IntArray | None = None) -> int:
         """Return the size on disk of the shards of these rows, including shards not yet built.
 
-        By default, of all rows.
+        By default, all rows are counted.
         """
         return self._size(self._places(row_ids))
 
     def num_missing_bytes(self, row_ids: IntArray | None = None) -> int:
         """Return the size on disk of those shards of these rows that are not yet built.
 
-        By default, of all rows.
+        By default, all rows are counted.
         """
         found = self._stamps()
         return self._size(
@@ -191,7 +192,7 @@ class StateCache:
     def build(
         self, teacher: BatchStates, batch_tokens: int, row_ids: IntArray | None = None
     ) -> None:
-        """Compute missing and damaged shards, and open the cache for reading.
+        """Compute missing and damaged shards; afterwards, the cache can be read.
 
         If several processes call this, one computes and the others wait.
 
@@ -331,7 +332,7 @@ class StateCache:
         return hashlib.sha256(f"{self.folder.name}/{prefix}".encode())
 
     def _find(self, place: Place, names: Iterable[str]) -> str | None:
-        """Return the name of a shard's undamaged file, or None; delete its damaged files.
+        """Return the name of a shard's undamaged file in ``names``, or None; delete damaged files.
 
         Call it only with the folder's lock held.
         """

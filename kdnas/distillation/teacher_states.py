@@ -1,4 +1,4 @@
-"""The teacher's hidden states: from a cache, or computed live if the cache would be too large."""
+"""The teacher's hidden states: from a cache, or computed per batch if it would be too large."""
 
 import hashlib
 import json
@@ -36,7 +36,7 @@ STATS_TOKENS = 30_000
 
 @dataclass(frozen=True)
 class LayerStats:
-    """Reference values for a student's errors on one teacher layer, averaged over dimensions.
+    """What a student's errors on one teacher layer are compared with, averaged over dimensions.
 
     Args:
         variance: variance of the layer's hidden states on training rows.
@@ -112,14 +112,14 @@ StateSource = Callable[[Batch, Sequence[int]], list[Tensor]]  # a StateCache or 
 
 @dataclass(eq=False)
 class TeacherStates:
-    """Gives a teacher's hidden states, stored or computed, and reference values for errors.
+    """Gives a teacher's hidden states, stored or computed, and values to compare errors with.
 
     Args:
         source: a ``StateCache`` (stored) or a ``LiveTeacher`` (computed).
         layers: teacher layers that ``source`` has, ascending.
         hidden_size: width of the teacher.
-        stats: layer -> reference values for errors on that layer.
-        ends: reference values of ``contextual_share``.
+        stats: layer -> its variance and other values with which errors on that layer are compared.
+        ends: the errors for which ``contextual_share`` is 0 and 1.
     """
 
     source: StateSource
@@ -262,7 +262,7 @@ def _needed(data: KDDataModule) -> np.ndarray:
 def _computing(
     cache: StateCache, live: LiveTeacher, data: KDDataModule, device: str
 ) -> tuple[BatchStates, int]:
-    """Return arguments of ``cache.build``: a function from batch to states, tokens per batch."""
+    """Return arguments of ``cache.build``: a function from batch to states, and tokens a batch."""
     batch_tokens = data.settings.batch_tokens
     if device == "cpu":
         batch_tokens = min(batch_tokens, CPU_BATCH_TOKENS)
@@ -305,7 +305,7 @@ def is_missing(cache: StateCache, data: KDDataModule, settings: StatesSettings) 
 
 
 def _sha256(path: Path, value: Any) -> str:
-    """Return a hash of a JSON value and of the names of its file and the file's folder."""
+    """Return a hash of a JSON value, the name of its file ``path``, and that of the folder."""
     bound = [path.parent.name, path.name, value]
     return hashlib.sha256(json.dumps(bound, sort_keys=True).encode()).hexdigest()
 
@@ -346,7 +346,7 @@ def measure(
     data: KDDataModule,
     device: str,
 ) -> tuple[dict[int, LayerStats], ShareEnds]:
-    """Measure reference values for students' errors; they are the same for every split and rank.
+    """Measure what students' errors are compared with; it is the same for every split and rank.
 
     Args:
         model: the teacher's encoder.

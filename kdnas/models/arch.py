@@ -85,7 +85,7 @@ class StudentArch:
         return cls(**values)
 
     def to_yaml(self, path: Path) -> None:
-        """Write the five fields into a YAML file."""
+        """Write the five fields of the architecture into a YAML file."""
         write_text(path, yaml.safe_dump(self.to_dict(), sort_keys=False))
 
     @classmethod

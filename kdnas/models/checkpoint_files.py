@@ -35,7 +35,7 @@ Shapes = dict[str, tuple[int, ...]]
 
 
 def refuse_special_files(name: str, folder: Path) -> None:
-    """Raise an error for a folder with an adapter, or with a pipe or device that cannot be read."""
+    """Raise an error if the folder of checkpoint ``name`` has an adapter, a pipe or a device."""
     for entry in sorted(os.listdir(folder)):
         try:
             kind = os.stat(folder / entry).st_mode
@@ -111,7 +111,7 @@ def check_files(name: str, folder: Path) -> Shapes:
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    """Return the weight files that transformers would read: one, or the shards of an index."""
+    """Return the weight files that transformers would read: one file, or those in an index."""
     for whole in (SAFE, PICKLED):
         if os.path.isfile(folder / whole):
             return [folder / whole]

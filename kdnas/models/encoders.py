@@ -163,7 +163,10 @@ def refuse_unused(name: str, unexpected_keys: Iterable[str]) -> None:
 
 @torch.no_grad()
 def refuse_no_values(name: str, model: nn.Module) -> None:
-    """Raise an error if a tensor has NaN or infinity or, except for biases, is all zero."""
+    """Raise an error if a tensor of the model ``name`` has NaN or infinity, or is all zero.
+
+    Biases and embeddings of token types may be all zero.
+    """
     for key, tensor in model.named_parameters():
         if not tensor.isfinite().all():
             raise UserError(
@@ -198,9 +201,9 @@ def find_teacher(name: str) -> Teacher:
 
     Raises:
         HubAway: the hub does not answer.
-        UserError: the checkpoint does not exist, is a decoder or of an unsupported family, has
-            relative positions, no tokenizer or no mask token, a tokenizer of another model, or
-            truncated weights.
+        UserError: the checkpoint does not exist, is a decoder or of an unsupported family, or has
+            relative positions; its tokenizer is missing, has no mask token or belongs to another
+            model; or its weights are truncated.
     """
     source = _quickstart_folder() if name == QUICKSTART else name
     if os.path.isdir(source):
@@ -356,7 +359,7 @@ def encode(model: PreTrainedModel, batch: Mapping[str, Any], maps: bool = False)
 def has_padding(batch: Mapping[str, Any]) -> bool:
     """Return whether a batch has padding.
 
-    If the batch has the key ``real_tokens``, this does not wait for the device.
+    If the batch has the key ``real_tokens``, no synchronisation with a GPU is needed.
     """
     if "real_tokens" in batch:
         return len(batch["real_tokens"]) < batch["input_ids"].numel()
@@ -403,7 +406,7 @@ def build_classifier(config: PreTrainedConfig, num_labels: int = 2) -> PreTraine
 
 
 def load_classifier(source: str | Path, num_labels: int) -> PreTrainedModel:
-    """Load a checkpoint as a classifier with ``num_labels`` outputs.
+    """Load a checkpoint, a folder or a hub name, as a classifier with ``num_labels`` outputs.
 
     The head gets random weights if the checkpoint has none, or one of another shape.
 

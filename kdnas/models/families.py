@@ -22,7 +22,7 @@ from kdnas.system.errors import UserError, nearest
 class LayerNames:
     """Names of the linear maps and layer norms within a transformer layer.
 
-    If ``query``, ``key`` and ``value`` are the same name, they are the thirds of one map, in this
+    If ``query``, ``key`` and ``value`` are the same name, one map computes all three, in this
     order. If the map ``intermediate`` has twice as many outputs as the map ``output`` has inputs,
     the second half of these outputs are gates for the first half.
     """
@@ -87,7 +87,7 @@ def _albert_layers(model: Any) -> list[nn.Module]:
 
 
 def _mpnet_scores(model: Any, layer: int, query: Tensor, key: Tensor) -> Tensor:
-    """Return MPNet's attention scores, with one bias per distance and head for all layers."""
+    """Return MPNet's attention scores, with a bias per distance and head that all layers share."""
     bias = model.encoder.compute_position_bias(query[:, 0])
     return dot_scores(query, key) + bias.to(query.dtype)
 
@@ -106,7 +106,7 @@ def _deberta_scores(model: Any, layer: int, query: Tensor, key: Tensor) -> Tenso
 
 
 def _modernbert_scores(model: Any, layer: int, query: Tensor, key: Tensor) -> Tensor:
-    """Return ModernBERT's attention scores: rotary, and masked outside a layer's local window."""
+    """Return ModernBERT's attention scores: with rotary positions, and within a local window."""
     module = model.layers[layer]
     places = torch.arange(query.shape[2], device=query.device)
     cos, sin = model.rotary_emb(query, places[None], module.attention_type)
@@ -271,7 +271,7 @@ def marks_pairs(config: PreTrainedConfig) -> bool:
 
 
 def refuse_relative_positions(name: str, config: PreTrainedConfig) -> None:
-    """Raise an error for BERT's relative positions, whose weights transformers 5 drops."""
+    """Raise an error if ``config`` has BERT's relative positions, which transformers 5 drops."""
     kind = getattr(config, "position_embedding_type", "absolute")
     if kind != "absolute":
         raise UserError(
@@ -333,8 +333,8 @@ def check_heads(config: PreTrainedConfig, width: int, num_heads: int) -> None:
 def student_config(teacher_config: PreTrainedConfig, arch: StudentArch) -> PreTrainedConfig:
     """Return a student's config: the teacher's with the student's shape.
 
-    Vocabulary, positions, padding id and eps stay the same. An activation that transformers does
-    not know raises a UserError.
+    Vocabulary, positions, padding id and the layer norms' eps stay the same. An activation that
+    transformers does not know raises a UserError.
     """
     family = family_of(teacher_config)
     if arch.hidden_act not in ACT2FN:
@@ -354,7 +354,7 @@ def student_config(teacher_config: PreTrainedConfig, arch: StudentArch) -> PreTr
 
 
 def attention_part(family: Family, layer: nn.Module, part: str) -> tuple[Tensor, Tensor | None]:
-    """Return weight (H, H) and bias (H) of a layer's query, key or value map.
+    """Return the weight (H, H) and the bias (H) or None of a layer's query, key or value map.
 
     Args:
         family: the family of the model.

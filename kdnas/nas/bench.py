@@ -38,7 +38,7 @@ class Bench:
         alpha: exponent of the latency factor in ``reward``.
         beta: latency, as a share of the teacher's, at which the latency factor is 1.
         seed: random seed with which each candidate is trained.
-        is_pruned: report the held-out loss to the study's pruner after each epoch.
+        is_pruned: report 1 - held-out loss to the study's pruner after each epoch but the last.
         stillness: read-write lock that stops training on this machine while latency is measured:
             training takes it for reading, measuring for writing.
     """
@@ -61,8 +61,8 @@ class Bench:
 
     @cached_property
     def calibration(self) -> CalibrationRows:
-        """Batches of training rows of the ``mini`` split, on which all students are initialised.
+        """Batches of ``mini`` training rows, from which all students' initial weights are computed.
 
-        They are drawn at the first access.
+        The batches are drawn at the first access.
         """
         return calibration_rows(self.data.select("mini"))

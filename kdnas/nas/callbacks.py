@@ -1,4 +1,4 @@
-"""Callbacks of a candidate's fit: they end it early, measure latency and compute the reward."""
+"""Callbacks of a candidate's fit, which end the fit, measure latency or compute the reward."""
 
 import math
 from collections.abc import Iterator
@@ -134,7 +134,7 @@ class HoldStill(pl.Callback):
 
     @contextmanager
     def alone(self) -> Iterator[None]:
-        """Context manager that holds the lock for writing, so that nothing trains here."""
+        """Context manager that holds the lock for writing: nothing trains on this machine."""
         self.lock.release()
         with self.lock.write_lock():
             yield

@@ -243,10 +243,10 @@ class Controller(nn.Module):
     def scores(
         self, history: History, pool_PF: Tensor, generator: torch.Generator, explores: bool
     ) -> Tensor:
-        """Train on the history and score the points of a pool; the highest score is picked.
+        """Train the controller and score the points of a pool; the highest score is picked.
 
         Args:
-            history: at least two trained points.
+            history: at least two trained points, from which the controller learns.
             pool_PF: choice indices of the points to score.
             generator: source of all random draws.
             explores: whether the pick explores; if not, the scores must be predicted rewards.
@@ -342,8 +342,8 @@ class RewardLSTM(Controller):
             points_BF: choice indices of the points.
 
         Returns:
-            Two arrays, with a row for each point: the trained points of ``History.ranked``,
-            followed by the point; and the rewards of the trained points, followed by 0.
+            Two tensors, with a row for each point: the trained points that the LSTM reads first
+            (``History.ranked``), then the point; and the trained points' rewards, then 0.
         """
         # Index -1 finds the last row, which stands for none.
         known_TF = functional.pad(history.points_TF + 1, (0, 0, 0, 1))
@@ -375,12 +375,12 @@ class EnsembleLSTM(Controller):
 
     A member of the ensemble predicts ``w . phi(point) + v . h``, with weights w and v. phi is the
     vector of 1, the one-hot choices, the features from ``describe``, and the products of every two
-    features. h is the hidden state of the member's LSTM after it has read the points of
-    ``History.tokens``, then the point itself.
+    features. h is the hidden state of the member's LSTM after it has read the best points of
+    earlier episodes and the points of this episode (``History.tokens``), then the point itself.
 
-    Members differ in their initial weights and in how they weigh each trained point (exponential
-    draws, the Bayesian bootstrap), so they disagree where few points were trained. They are trained
-    on random sequences of trained points, so that each point is learned at many positions.
+    Members differ in their initial weights and in the random weight that each gives to a trained
+    point (as in the Bayesian bootstrap), so they disagree where few points were trained. They learn
+    from random sequences of trained points, so that each point is learned at many positions.
 
     The predicted reward is the mean of the members' predictions. A pick that explores uses one
     random member's predictions instead (Thompson sampling). ``LSTMSampler`` makes a new ensemble

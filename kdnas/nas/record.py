@@ -220,8 +220,8 @@ class Record:
             n_trials: number of candidates to train.
 
         Raises:
-            CandidateFailed: the last ten candidates failed, earlier ones succeeded, and neither
-                ``n_trials`` candidates nor all shapes are trained.
+            CandidateFailed: the last ten candidates failed, an earlier one was trained, and the
+                search is not over: fewer than ``n_trials`` were trained, and shapes are left.
         """
         is_over = is_complete(self.study, self.space, n_trials)
         if len(self._in_a_row) >= MOST_IN_A_ROW and tried(self.study) and not is_over:
@@ -240,8 +240,8 @@ class Record:
         """Whether to propose another candidate.
 
         It is False if ``n_trials`` candidates were trained or are being trained, or if all shapes
-        were proposed. It is also False if the first ``MOST_FAILURES`` candidates or the last
-        ``MOST_IN_A_ROW`` all failed.
+        were proposed. It is also False if the first five candidates (``MOST_FAILURES``) or the
+        last ten (``MOST_IN_A_ROW``) all failed.
         """
         num_tried = len(tried(self.study))
         only_fails = len(failed(self.study)) >= MOST_FAILURES and num_tried == 0

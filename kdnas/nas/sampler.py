@@ -233,8 +233,8 @@ class LSTMSampler(BaseSampler):
         Returns:
             Four values: the points of all other trials; for points whose constraints were checked,
             whether they met the constraints; the rewards of feasible points that were trained to
-            the end, negated if the study minimises; and the number of points that were trained to
-            the end or pruned.
+            the end, negated if the study minimises; and the number of points that were trained, to
+            the end or until the pruner ended them.
         """
         sign = 1 if study.direction == StudyDirection.MAXIMIZE else -1
         known: set[Point] = set()
@@ -275,7 +275,7 @@ def _others(study: Study, trial: FrozenTrial) -> list[FrozenTrial]:
 
 
 def _point(trial: FrozenTrial, space: dict[str, CategoricalDistribution]) -> Point | None:
-    """Return a trial's choice indices in ``space``; None if the trial lacks a parameter of it.
+    """Return a trial's choice indices in ``space``; None if it lacks a parameter of ``space``.
 
     The parameters of a queued trial are those that it was queued with.
     """

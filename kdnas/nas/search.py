@@ -51,7 +51,7 @@ def search(
     A candidate is a student of a new shape. If the sampler proposes a shape again, the new trial
     gets a copy of the earlier result, and a shape that is not in the study is queued instead. If
     training a candidate raises an error, its trial fails with the reason. Unfinished trials of a
-    killed search are continued under their numbers.
+    killed search are continued, and keep their numbers.
 
     Args:
         study: study from ``open_study``.

@@ -29,7 +29,7 @@ class SearchSpace:
 
     @classmethod
     def from_teacher(cls, config: PreTrainedConfig) -> "SearchSpace":
-        """Make the default space: students no larger than the teacher in any size.
+        """Make the default space from the teacher's config: students no larger than the teacher.
 
         - Layers: 1 to 6, then 8, 10 and 12, then multiples of 4.
         - Attention heads: the divisors of the teacher's number of heads, down to a quarter of that
@@ -75,7 +75,7 @@ class SearchSpace:
     def replaced(
         self, choices: Mapping[str, Sequence[Any] | None], config: PreTrainedConfig
     ) -> "SearchSpace":
-        """Return the space with other values for some fields.
+        """Return a copy of this space with other values for some fields.
 
         Args:
             choices: maps fields of ``StudentArch`` to their new values; None: keep the old values.

@@ -262,7 +262,7 @@ def _refuse_other(study: Study, results: Mapping[int, Outcome], storage: str | P
 
 
 def _as_trial(outcome: Outcome | None, space: SearchSpace) -> FrozenTrial:
-    """Return an Optuna trial with a recorded outcome; None: a failed trial without parameters."""
+    """Return an Optuna trial with this outcome; for None, a failed trial without parameters."""
     if outcome is None:
         return create_trial(state=TrialState.FAIL)
     reports = {int(step): value for step, value in outcome.reports.items()}
@@ -291,8 +291,8 @@ def read_study(
     Args:
         storage: path or URL of the database, as for ``open_study``.
         name: name of the study.
-        results: known outcomes of trials, by trial number, with which the study must agree; None:
-            do not compare.
+        results: outcomes of the finished trials, by trial number, with which the study must agree;
+            None: do not compare.
 
     Raises:
         UserError: there is no such database or study, the database cannot be read, or the study

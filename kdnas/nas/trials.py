@@ -1,4 +1,4 @@
-"""Outcome: how a trial ended; and functions that select, describe and tabulate a study's trials."""
+"""How a trial ended (``Outcome``), and functions that select and describe a study's trials."""
 
 import hashlib
 import math
@@ -53,7 +53,7 @@ class Outcome:
             number.
         constraints: maps ``budget`` to the share by which the student exceeds a limit of the
             budget; 0: within all limits.
-        reports: maps each epoch to 1 - held-out loss, as reported to the pruner.
+        reports: maps the number of each epoch to 1 - held-out loss; empty without a pruner.
         started: start of the trial, in seconds since 1970.
         ended: end of the trial, in seconds since 1970.
     """
@@ -273,8 +273,11 @@ def trials_frame(study: optuna.Study) -> pd.DataFrame:
         The columns below. Unknown values, such as a running trial's loss, are missing.
 
         - ``number`` and ``state`` of the trial, and the five fields of ``StudentArch``.
-        - ``loss``, ``contextual_share``, ``sentence_r2``, ``latency_ms``, ``latency_iqr_ms``,
-            ``speedup``, ``num_parameters``, ``reward``, ``seconds``.
+        - ``loss`` on held-out rows; ``contextual_share``: how much of the teacher's context
+            dependence is learned; ``sentence_r2``: R2 of the teacher's predicted mean states.
+        - ``latency_ms`` and ``latency_iqr_ms``: median and interquartile range of the student's
+            latency; ``speedup`` over the teacher; ``num_parameters`` of the student.
+        - ``reward`` of the trial, and the ``seconds`` that it took.
         - ``predicted_reward``: the reward that an LSTM sampler predicted, if it proposed the
             student for that reward.
         - ``episode``: number, from 1, of the candidate's episode. Trained candidates are counted in

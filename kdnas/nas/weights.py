@@ -39,7 +39,7 @@ def save_weights(
 
 
 def drop_weights(study: Study, folder: Callable[[int], Path]) -> None:
-    """Delete the weights and optimizer states of all but the best ``MOST_KEPT`` candidates.
+    """Delete the weights and optimizer states of all but the three candidates of highest reward.
 
     Args:
         study: study of the search.

@@ -92,7 +92,7 @@ def result_table(
 
     Args:
         results: content of ``glue/results.json``.
-        how: the run's ``LatencySettings`` as a dict, for the heading.
+        how: the run's ``LatencySettings`` as a dict, for the caption.
         budget: the budget of the search.
     """
     title = f"Fine-tuned on {results['task']['name']}"
@@ -108,7 +108,7 @@ def agreement(full_kd: Mapping[str, Any]) -> str:
         full_kd: content of ``full_kd/result.json``.
 
     Returns:
-        The words; ``""`` if the agreement was not measured.
+        The description, a part of a sentence; ``""`` if the agreement was not measured.
     """
     if "vector_cosine" not in full_kd:
         return ""
@@ -279,7 +279,7 @@ def _by_epoch(label: str, name: str, lines: Sequence[Line]) -> Markup | None:
 
 
 def _leaders(frame: pd.DataFrame) -> list[dict[str, str]]:
-    """Return, for each episode of the search, the best trials and their rewards as table rows."""
+    """Return a row per episode: the best trials so far, of this episode and of the one before."""
     trained = frame.dropna(subset=["episode"])
 
     def best(rows: pd.DataFrame) -> str:

@@ -76,12 +76,13 @@ def as_svg(label: str, draw: Draw) -> Markup:
 
 
 def pareto(frame: pd.DataFrame, best: int | None, budget: Mapping[str, float]) -> Draw | None:
-    """Make a function that draws every candidate's loss against its latency, and the front.
+    """Make a function that draws all candidates' loss against latency, and the Pareto front.
 
     Args:
         frame: the trials, as from ``trials_frame``.
         best: number of the best trial, which is drawn as a star; None: there is none.
-        budget: maps the names of fields of ``Budget`` to their values; limits on latency are drawn.
+        budget: maps fields of ``Budget``, such as ``latency_ms`` and ``speedup``, to their limits;
+            these two are drawn as vertical lines.
 
     Returns:
         A function that draws on matplotlib axes; None if no latency was measured.
@@ -196,8 +197,8 @@ def curves(ylabel: str, name: str, lines: Iterable[Line]) -> Draw:
     Args:
         ylabel: label of the value in the picture.
         name: key of the value in the rows of a line.
-        lines: for each line its name, its rows (a dictionary of values for each epoch) and its
-            colour; grey lines are drawn thin.
+        lines: a tuple for each line: its name, its rows (a dictionary of values for each epoch) and
+            its colour; grey lines are drawn thin.
 
     Returns:
         A function that draws on matplotlib axes.

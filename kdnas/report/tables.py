@@ -49,7 +49,7 @@ def text_table(title: str, rows: Sequence[dict[str, str]], words: Collection[str
 
 
 def front_table(study: optuna.Study) -> Table:
-    """Return a table of the best student and of the Pareto fronts (loss-latency and loss-size)."""
+    """Return a table of the best student and Pareto fronts (loss and latency; loss and size)."""
     frame = trials_frame(study)
     best = best_trial(study)
     number = best.number if best else -1

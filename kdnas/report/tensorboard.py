@@ -26,7 +26,7 @@ class SearchBoard:
     - ``search/reward``, ``search/loss`` and ``search/latency_ms`` of the candidate;
     - ``search/best_reward``, the best so far; ``search/episode_best``, the best of this episode;
       ``search/previous_best``, the best of the previous episode;
-    - ``search/exploration_ratio``, only with ``exploration``.
+    - ``search/exploration_ratio``, the probability that ``exploration`` returns, if it is given.
 
     The picture ``search/pareto`` is written whenever the Pareto front changes. The picture
     ``search/predictions`` is written at the end of each episode, if the sampler predicts rewards.
@@ -37,7 +37,7 @@ class SearchBoard:
     Args:
         folder: folder of the event files.
         exploration: function from the number of candidates trained so far, pruned ones included, to
-            the probability that the sampler explores; None: the sampler has none.
+            the probability that the sampler explores; None: there is no such probability.
     """
 
     def __init__(self, folder: Path, exploration: Callable[[int], float] | None = None) -> None:

@@ -49,7 +49,7 @@ def checks(
     Args:
         frame: the trials, as from ``trials_frame``.
         best: number of the best trial; None: there is none.
-        histories: maps the trial number of each trained candidate to a row of metrics per epoch.
+        histories: maps each trained candidate's trial number to a dictionary of metrics per epoch.
         full_kd: content of ``full_kd/result.json``; None: full KD has not finished.
         results: content of ``glue/results.json``; None: fine-tuning has not finished.
         exported: the results of the export's checks, from its manifest; None: there is no export.
@@ -149,7 +149,8 @@ def too_slow(results: Mapping[str, Any], budget: Budget) -> str:
         budget: the budget of the search.
 
     Returns:
-        The measured value and the limit; ``""`` if the student is within the budget.
+        A text with the measured latency or speed-up and its limit; ``""`` if the student is within
+        the budget.
     """
     student, teacher = results["models"]["student"], results["models"]["teacher"]
     again = ArchLatency(

@@ -106,7 +106,7 @@ class Engine:
         return self._pool.submit(run_job, job)
 
     def wait(self) -> list[tuple[Job, BaseException | None]]:
-        """Wait for running jobs to end, at most ``LOOK_SECONDS``.
+        """Wait until a running job ends, but at most ``LOOK_SECONDS``.
 
         Returns:
             The jobs that have ended, each with its error, or None if it succeeded. Jobs that are
@@ -159,7 +159,7 @@ class Engine:
         Args:
             jobs: jobs, in the order in which to start them.
             watch: called with the running jobs, several times a second.
-            ended: called with each job that has a result, also from before this call.
+            ended: called with each job when it has a result, also if it had one before this call.
             failed: called with each job that failed, and with the job's error. It must write the
                 job's result. None: the first error is raised.
 

@@ -75,7 +75,7 @@ def tell(message: str) -> None:
 
 
 def nearest(name: object, choices: Iterable[str], always_list: bool = False) -> str:
-    """Return a hint to append to a message about an unknown name: close or possible names.
+    """Return a hint to append to a message about an unknown name: a similar name, or all names.
 
     Args:
         name: the name as the user gave it; from YAML, it may be of any type.

@@ -84,7 +84,7 @@ class Run:
     def stillness(self) -> Path:
         """Path of the lock that pauses training on this machine while latency is measured.
 
-        The lock is on a local disk, because it is taken at each training step.
+        The lock is on a local disk, because each training step acquires it.
         """
         key = hashlib.sha256(os.fsencode(self.folder.resolve())).hexdigest()[:16]
         return Path(tempfile.gettempdir()) / f"kdnas-{os.getuid()}-{key}-stillness.lock"
@@ -212,7 +212,7 @@ def check_writable(folder: Path, option: str) -> None:
         option: option by which the user can give another folder, for the error message.
 
     Raises:
-        UserError: no file can be made; the message has the place and the reason.
+        UserError: no file can be made; the message has the folder and the reason.
     """
     place = folder
     try:
@@ -255,9 +255,9 @@ def room(error: OSError) -> str:
 
 @contextmanager
 def placed(path: Path) -> Iterator[None]:
-    """Context manager that adds ``path`` to an OSError that names no file.
+    """Context manager that sets the file name of an OSError to ``path`` if the error has none.
 
-    The error of a failed write, for instance, names none.
+    The error of a failed write, for instance, has none.
     """
     try:
         yield
@@ -466,9 +466,9 @@ def read_stamps(path: Path) -> dict[str, list[Any]]:
 
 
 class KeptFile(io.FileIO):
-    """An open file that is read in pieces, which works even after the file was deleted.
+    """A file that stays open, so that parts of it can be read even after the file was deleted.
 
-    It is closed when Python deletes the object.
+    It is closed when Python deletes this object.
     """
 
     def piece(self, start: int, size: int) -> bytes:
@@ -518,7 +518,7 @@ def _exchange(one: Path, other: Path) -> None:
 
 
 def short_names(sources: Sequence[str]) -> list[str]:
-    """Shorten paths to the fewest last parts that are still distinct.
+    """Shorten paths to as few of their last parts as keep the paths distinct.
 
     For example, ``x/a/student`` and ``x/b/student`` become ``a/student`` and ``b/student``. If two
     paths are equal, all are returned as they are.

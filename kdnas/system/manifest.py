@@ -47,7 +47,7 @@ def write_manifest(folder: Path, about: Mapping[str, Any]) -> None:
 def renew(path: Path) -> None:
     """Update the manifests in the parent folders of a path that kdnas has rewritten.
 
-    Entries of other files stay, so ``verify`` still reports those that somebody has changed.
+    Entries of other files stay, so ``verify`` still reports other files that somebody has changed.
     Folders without a kdnas manifest are skipped.
 
     Args:

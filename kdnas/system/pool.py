@@ -1,6 +1,7 @@
 """The processes in which jobs run on this machine: a pool, forked from a fork server.
 
-A slot is the place of one job in a pool, with its share of the cores and its GPU, if there are any.
+A slot is one process of a pool. It runs one job at a time, with a share of the cores and, if there
+are GPUs, one GPU.
 """
 
 import gc
@@ -89,7 +90,7 @@ def usual_slots(accelerator: str) -> int:
     """Return the default number of parallel jobs: one per GPU or, without a GPU, one per core.
 
     Without a GPU it is at most ``MOST_SLOTS``. Parallel jobs of one thread get more done than one
-    job of several threads (see LOG.md). But with more jobs a sampler would know fewer results when
+    job of several threads (see LOG.md). But with more jobs a sampler would have fewer results when
     it proposes the next candidate, and memory might run out.
 
     Args:
@@ -125,7 +126,7 @@ def _num_cores() -> int:
 
 
 def _begin(num_slots: int, environment: dict[str, str], threads: int, start_method: str) -> None:
-    """Initialise a process of a pool: choose its GPU, set its threads, end it with its parent.
+    """Initialise a process of a pool: set its GPU and threads, and end it with its parent.
 
     Args:
         num_slots: number of processes that share the GPUs; 0: the process sees all GPUs.

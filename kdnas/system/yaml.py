@@ -1,4 +1,4 @@
-"""Safe reading of YAML: no duplicate keys, no aliases that expand without bound, no objects."""
+"""Safe reading of YAML, which refuses duplicate keys, unbounded aliases and Python objects."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +19,7 @@ NO_VALUE = (ValueError, LookupError, AttributeError, TypeError)
 
 
 def check_yaml(text: str) -> None:
-    """Raise an error for YAML that is too large, or means something else than a reader expects.
+    """Raise an error for YAML that is not valid, is too large, or gives a key twice.
 
     The text is parsed, but no objects are created from it.
 

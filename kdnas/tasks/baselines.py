@@ -144,7 +144,7 @@ def cut_classifier(source: str, arch: StudentArch, num_labels: int) -> PreTraine
     The layers are the teacher's first and last ones. Embeddings and pooler are copied, too.
 
     Args:
-        source: the teacher: a folder, a Hugging Face name or ``quickstart``.
+        source: the teacher: a folder or a Hugging Face name.
         arch: shape of the result; ``kept_layers`` chooses the layers for its depth.
         num_labels: number of outputs.
     """

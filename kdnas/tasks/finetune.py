@@ -87,7 +87,7 @@ class FinetuneSettings:
 
 
 def usual_learning_rate(config: PreTrainedConfig) -> float:
-    """Return the learning rate for a model of this size.
+    """Return the peak learning rate for fine-tuning a model of this size.
 
     ``5e-5 * 768 / hidden_size * sqrt(12 / num_hidden_layers)``: 5e-5 for BERT-base, and 3.5e-4 for
     4 layers of width 192.

@@ -128,7 +128,7 @@ def part(columns: Columns, text_columns: Sequence[str], share: float) -> tuple[C
 
 
 def in_turn(labels: Sequence[Any], most: int) -> list[int]:
-    """Return at most ``most`` random row numbers, taken from each label in turn.
+    """Return at most ``most`` random row numbers, one row of each label in turn.
 
     The draw is the same at each call.
 

@@ -116,7 +116,7 @@ def class_order(task: Task, names: Sequence[str]) -> list[int] | None:
 
 
 def warn_of_names(task: Task, names: Sequence[str], source: str) -> None:
-    """Warn that classes are matched by position although task and classifier both name them.
+    """Warn, if task and classifier both name the classes, that these are matched by position.
 
     Args:
         task: the task.
@@ -131,7 +131,7 @@ def warn_of_names(task: Task, names: Sequence[str], source: str) -> None:
 
 
 def warn_of_head(task: Task, config: Any, source: str) -> None:
-    """Warn if a checkpoint's classification head has other outputs or class names than the task."""
+    """Warn if the head of checkpoint ``source`` has other outputs or class names than the task."""
     if not has_classifier(config):
         return
     names = class_names(config)
@@ -227,7 +227,7 @@ class LoadedTask:
         return LoadedTask(task, train, {"validation": held_out})
 
     def save(self, folder: Path, most: int) -> Path:
-        """Write a sample of the task's rows to ``<folder>/<task name>``, for ``load_task``.
+        """Write a sample of the rows to ``<folder>/<task name>``, which ``load_task`` can read.
 
         Args:
             folder: where the folder of the task is made.
@@ -260,8 +260,9 @@ def load_task(source: str) -> LoadedTask:
             ``validation`` (or ``dev``) as parquet, csv or tsv files (for MNLI,
             ``validation_matched`` and ``validation_mismatched``). A folder named like a GLUE task
             (``stsb`` or ``STS-B``) must have the columns of that task, as on the hub or in GLUE's
-            own tsv files. Any other folder must have ``sentence``, ``text``, or ``sentence1`` and
-            ``sentence2``, and ``label`` (in the formats of ``load_labelled``).
+            own tsv files. Any other folder must have ``label`` (text, whole numbers or, for a
+            regression, floating-point numbers), and ``sentence``, ``text``, or both ``sentence1``
+            and ``sentence2``.
 
     Raises:
         HubAway: the hub does not answer.
@@ -367,8 +368,8 @@ def _number_classes(
 ) -> Task:
     """Replace labels by class ids, in place, and return the task with its number of classes.
 
-    Numbers come first, in ascending order, then text labels in the given ``order``; text labels
-    that ``order`` lacks come last, sorted.
+    Labels that are numbers get the first ids, in ascending order, then text labels in the given
+    ``order``; text labels that ``order`` lacks get the last ids, sorted.
     """
     place = {name: number for number, name in enumerate(order)}
     classes = sorted(
@@ -451,7 +452,8 @@ def _columns(task: Task, table: pa.Table, names: Mapping[str, str], where: str) 
         where: description of the rows, for messages.
 
     Returns:
-        Column name -> list of values: texts, and labels as the task has them.
+        Column name -> list of values. Labels are class ids, the numbers of a regression or, if the
+        task's classes have no ids yet, text or whole numbers.
     """
     missing = [name for name in names.values() if name not in table.column_names]
     if missing:

@@ -41,8 +41,8 @@ def check_checkpoint(path: Path) -> dict[str, Any]:
 class WholeFiles(TorchCheckpointIO):
     """CheckpointIO with atomic writes: readers see the old checkpoint or the whole new one.
 
-    Lightning's own writes first to a temporary folder, perhaps on another file system, so that it
-    cannot rename the file into place.
+    The CheckpointIO of Lightning writes first to a temporary folder. If that is on another file
+    system, the file cannot be renamed into place, and so the write is not atomic.
     """
 
     def save_checkpoint(
@@ -57,8 +57,8 @@ class WholeFiles(TorchCheckpointIO):
 class KeepLast(pl.Callback):
     """Callback that saves a checkpoint after each epoch, every few minutes, and when asked to stop.
 
-    The states of the random generators are saved too. With a ``ResumableLoader``, a fit that was
-    stopped and resumed therefore ends with the same weights as an uninterrupted one.
+    The states of the random generators are saved too. With a ``ResumableLoader``, which continues
+    within an epoch, a resumed fit therefore ends with the same weights as an uninterrupted one.
 
     Args:
         path: path of the checkpoint, in the folder of the job (the function call that makes the

@@ -21,8 +21,8 @@ def dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool 
     Args:
         input: tensor of any shape.
         p: probability that a value is set to 0; the other values are scaled by ``1 / (1 - p)``.
-        training: False: the input is returned as it is.
-        inplace: change the input itself, by torch's own function.
+        training: whether to drop values; if not, the input is returned as it is.
+        inplace: whether to change the input itself; torch's own function then does it.
     """
     num_dropped = round(256 * p)
     if not training or inplace or input.device.type != "cpu" or num_dropped in (0, 256):

@@ -15,7 +15,7 @@ def release_memory() -> None:
 
 
 def trim_heap() -> None:
-    """Return freed memory that glibc still holds to the operating system."""
+    """Give freed memory, which glibc keeps for later use, back to the operating system."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:  # musl has none
         trim(0)

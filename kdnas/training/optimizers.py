@@ -31,7 +31,7 @@ def orthogonalised(matrices_BMN: Tensor, steps: Polynomials = STEPS) -> Tensor:
         steps: coefficients a, b, c of each step.
 
     Returns:
-        The matrices, shape (B, M, N), in bfloat16 or, where that is slower, in float32.
+        The orthogonalised matrices, (B, M, N), in bfloat16 or, where that is slower, in float32.
     """
     is_tall = matrices_BMN.shape[1] > matrices_BMN.shape[2]
     is_bf16 = bf16_is_faster(matrices_BMN.device.type)
@@ -45,7 +45,7 @@ def orthogonalised(matrices_BMN: Tensor, steps: Polynomials = STEPS) -> Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon: moves each matrix by its orthogonalised momentum, so that all directions move alike.
+    """Muon: updates each matrix by its orthogonalised momentum, equally in all directions.
 
     A step sets a matrix W of shape (M, N) to
     ``(1 - lr * weight_decay) W - 0.2 * lr * sqrt(max(M, N)) * orthogonalised(momentum)``.
@@ -112,7 +112,7 @@ def take_rows(model: PreTrainedModel) -> None:
 
 
 def is_by_rows(model: PreTrainedModel, parameter: nn.Parameter) -> bool:
-    """Whether a parameter is a word embedding table with sparse gradients (see ``take_rows``)."""
+    """Whether a parameter is the word embeddings of ``model``, and these have sparse gradients."""
     table = model.get_input_embeddings()
     return isinstance(table, nn.Embedding) and table.sparse and parameter is table.weight
 
@@ -121,8 +121,8 @@ def adam_by_rows(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
     """Make a SparseAdam without momentum, for embedding tables with sparse gradients.
 
     In dense Adam, momentum moves a word's row also in later steps whose batches lack the word.
-    SparseAdam moves the row only if the batch has the word. Without momentum, that one step makes
-    the whole move.
+    SparseAdam moves a row only in a step whose batch has the word. Without momentum, that step
+    makes the whole move.
 
     Args:
         groups: parameter groups of embedding tables only, each group with its ``lr``.
@@ -135,10 +135,10 @@ def clip_norm(parameters: Iterable[nn.Parameter], most: float) -> Tensor:
 
     Args:
         parameters: parameters whose gradients to clip.
-        most: largest norm.
+        most: largest total norm; if it is exceeded, all gradients are scaled down to it.
 
     Returns:
-        The norm before clipping, a scalar.
+        The total norm before clipping, a scalar.
     """
     gradients = []
     for parameter in parameters:
@@ -166,7 +166,8 @@ class JointOptimizer(torch.optim.Optimizer):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Step all optimizers, and return the loss that the closure returns.
 
-        The closure, if given, is called once.
+        ``closure`` computes the loss and all gradients, and is called once. None: the gradients
+        are there already, and the result is None.
         """
         loss = None
         if closure is not None:
@@ -180,7 +181,7 @@ class JointOptimizer(torch.optim.Optimizer):
         return {"parts": [part.state_dict() for part in self.parts]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load the states of all optimizers.
+        """Load the states of all optimizers, as the method ``state_dict`` returned them.
 
         Raises:
             UserError: the state has another number of optimizers, for instance because it was saved
@@ -215,11 +216,11 @@ class JointOptimizer(torch.optim.Optimizer):
         }
 
     def load_tensors(self, module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-        """Load an optimizer state that the method ``tensors`` returned; learning rates are kept.
+        """Load a state that the method ``tensors`` returned; learning rates stay as they are.
 
         Args:
             module: module whose parameters these optimizers train.
-            tensors: the state, of a module of the same shape.
+            tensors: the state, which comes from a module with parameters of the same shapes.
 
         Raises:
             UserError: a tensor belongs to no parameter that these optimizers train, or has another

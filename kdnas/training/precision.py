@@ -49,11 +49,11 @@ def bf16_is_faster(device_type: str) -> bool:
 
 
 def keep(begun_in: str | None) -> str:
-    """Set the precision of CPU matrix products to that of interrupted work, even if slower here.
+    """Set the precision of CPU matrix products to that in which interrupted work was begun.
 
     Args:
-        begun_in: precision in which the work was begun, ``bfloat16`` or ``float32``; None: the work
-            begins now.
+        begun_in: that precision, ``bfloat16`` or ``float32``, which is used even if slower here;
+            None: the work begins now, in the precision that ``bf16_is_faster`` chooses.
 
     Returns:
         The precision of matrix products on a CPU from now on: ``bfloat16`` or ``float32``.
@@ -69,7 +69,7 @@ def keep(begun_in: str | None) -> str:
 
 @contextmanager
 def own_precision() -> Iterator[None]:
-    """Context manager that restores, at its end, a precision that ``keep`` has changed."""
+    """Context manager that restores, at its end, the CPU precision that ``keep`` may have set."""
     known = os.environ.get(VARIABLE)
     try:
         yield
@@ -81,9 +81,9 @@ def own_precision() -> Iterator[None]:
 
 
 def _seconds(num_rounds: int = 7) -> dict[torch.dtype, float]:
-    """Return a dictionary from each precision to the seconds that a linear layer takes in it.
+    """Measure a linear layer on the CPU; return a dictionary from each dtype to its seconds.
 
-    They are the least of ``num_rounds`` measurements, so that other work on the machine hardly
+    The least of ``num_rounds`` measurements is returned, so that other work on the machine hardly
     matters.
     """
     with torch.random.fork_rng(devices=[]):
@@ -102,9 +102,12 @@ def _time(x: torch.Tensor, weight: torch.Tensor) -> float:
 
 
 def autocast(device_type: str, precision: str = "auto") -> torch.autocast:
-    """Return a context in which matrix products have the dtype that ``autocast_dtype`` gives.
+    """Return a context for matrix products in bfloat16 if that is faster, or else without autocast.
 
-    Both functions take the same arguments.
+    Args:
+        device_type: type of the device, such as ``cpu`` or ``cuda``.
+        precision: the Trainer's ``precision``. On a GPU, ``32-true`` and ``64-true`` mean without
+            autocast; a CPU ignores it.
     """
     is_enabled = autocast_dtype(device_type, precision) == torch.bfloat16
     return torch.autocast(device_type, dtype=torch.bfloat16, enabled=is_enabled)
@@ -113,8 +116,8 @@ def autocast(device_type: str, precision: str = "auto") -> torch.autocast:
 def autocast_dtype(device_type: str, precision: str = "auto") -> torch.dtype:
     """Return the dtype of matrix products under ``autocast``: bfloat16 if faster, or float32.
 
-    ``bf16_is_faster`` decides. On a GPU it is float32 for the precisions ``32-true`` and
-    ``64-true``.
+    ``bf16_is_faster`` says which is faster. On a GPU, the dtype is always float32 for the
+    precisions ``32-true`` and ``64-true``.
 
     Args:
         device_type: type of the device, such as ``cpu`` or ``cuda``.
@@ -125,7 +128,7 @@ def autocast_dtype(device_type: str, precision: str = "auto") -> torch.dtype:
 
 
 def trainer_precision(accelerator: str) -> str:
-    """Return the ``precision`` of a Trainer that is faster: ``bf16-mixed`` or ``32-true``.
+    """Return the faster ``precision`` for a Trainer: ``bf16-mixed`` or ``32-true``.
 
     ``accelerator`` is that of the Trainer, such as ``cpu`` or ``auto``.
     """

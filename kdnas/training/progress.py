@@ -41,8 +41,8 @@ def live_progress(console: Console, *columns: ProgressColumn, **options: Any) ->
 class EpochLines(pl.Callback):
     """Callback that writes a line about the progress of a fit each minute.
 
-    A line has the time left, and after a long epoch the held-out loss. An epoch is long if at least
-    a minute has passed since the last validation, or since the start of the fit.
+    A line has the estimated time left, and after a long epoch the held-out loss. An epoch is long
+    if at least a minute has passed since the last validation, or since the start of the fit.
 
     Args:
         description: what is being fitted, as the beginning of each line.
@@ -123,7 +123,7 @@ class ProgressFile(pl.Callback):
 
 
 class StopWhenAsked(pl.Callback):
-    """Callback that ends a fit without a checkpoint as soon as its job is asked to stop.
+    """Callback that ends a fit, without a checkpoint, once its job is asked to stop.
 
     Args:
         reporter: reporter of the job that makes the fit.
@@ -192,9 +192,9 @@ class JobBars:
 
 
 class SayWhatGoesOn(pl.Callback):
-    """Callback that says how to resume a failed fit: ``--ckpt_path`` and the newest checkpoint.
+    """Callback that logs how to resume a failed fit: by ``--ckpt_path`` and the newest checkpoint.
 
-    Checkpoints are those of the Trainer's ``ModelCheckpoint`` callbacks.
+    Only the checkpoints that the Trainer's ``ModelCheckpoint`` callbacks have written count.
     """
 
     def on_exception(

@@ -1,4 +1,4 @@
-"""Makes and runs Lightning's Trainer: settings, logger, callbacks and checkpoints."""
+"""Make Lightning Trainers from settings, and run fits that resume after an interruption."""
 
 import math
 import os
@@ -116,11 +116,11 @@ class TrainerSettings:
 
 
 def class_path(make: Callable[..., Any]) -> str:
-    """Return the class path of the object that a callable creates.
+    """Return the import path, ``module.Class``, of the class whose object a callable creates.
 
     Args:
-        make: a class, a function, or a ``functools.partial`` of either; jsonargparse makes partials
-            whose first argument is the class.
+        make: a class, a function (its own path is returned), or a ``functools.partial`` of either;
+            jsonargparse makes partials whose first argument is the class.
     """
     parts = (make.func, *make.args) if isinstance(make, partial) else (make,)
     made: Any = next((part for part in parts if isinstance(part, type)), parts[0])
@@ -166,7 +166,7 @@ def refuse_strategy(name: str) -> None:
 
 
 def without_tensorflow() -> None:
-    """Keep TensorBoard from importing TensorFlow, or the current folder's ``tensorflow.py``."""
+    """Keep TensorBoard from importing TensorFlow, or a ``tensorflow.py`` in the current folder."""
     sys.modules.setdefault("tensorboard.compat.notf", ModuleType("notf"))
 
 
@@ -177,17 +177,17 @@ def make_trainer(
     callbacks: Sequence[pl.Callback] = (),
     resume: bool = False,
 ) -> pl.Trainer:
-    """Create a Trainer for one device, without progress bar and Lightning's own checkpoints.
+    """Create a Trainer for one device, without progress bar or Lightning's default checkpoints.
 
-    In a process started by ``share_devices``, the Trainer uses DDP with the sibling processes.
+    In one of several processes that ``share_devices`` started, the Trainer uses DDP across them.
 
     Args:
         settings: device, precision, logger and callbacks.
         folder: folder for TensorBoard's event files and other output of loggers and callbacks.
         num_epochs: number of passes over the training rows.
         callbacks: further callbacks, called after those of the settings.
-        resume: an interrupted fit will be resumed, so keep its event files. False: delete the event
-            files of earlier fits.
+        resume: whether an interrupted fit will be resumed. If so, its event files are kept; if not,
+            the event files of earlier fits are deleted.
     """
     without_tensorflow()
     precision: Any = (
@@ -225,7 +225,7 @@ def make_trainer(
 
 
 def own_random_numbers() -> AbstractContextManager[None]:
-    """Return a context that restores the random generators of the CPU and the current GPU."""
+    """Return a context that restores torch's random generators (CPU, current GPU) at its end."""
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     return torch.random.fork_rng(devices)  # by default torch saves all GPUs' states, with a warning
 
@@ -257,7 +257,7 @@ def fit_resumable(
     data: pl.LightningDataModule,
     callbacks: Sequence[pl.Callback] = (),
 ) -> None:
-    """Fit a module, with checkpoints in ``folder/last.ckpt``.
+    """Fit a module, with the newest checkpoint in ``folder/last.ckpt``.
 
     If the checkpoint exists, the fit resumes from it: after an interruption, repeat the call. The
     caller must delete the checkpoint after storing the result of the fit.
@@ -296,6 +296,9 @@ class ClipFusedGradients(pl.LightningModule):
 
     def setup(self, stage: str | None = None) -> None:
         """Raise an error if the Trainer's precision is float16, whose gradients need scaling.
+
+        Args:
+            stage: Lightning's stage, such as ``fit``, the only one that is checked.
 
         Raises:
             UserError: the precision is float16, mixed or not.
