@@ -1,4 +1,4 @@
-"""Shrink a config to a few rows of its text and task, to try or to measure a run."""
+"""Change a config to use a few rows of its text and of its task, to try or to time a run."""
 
 from dataclasses import dataclass, replace
 from itertools import accumulate

@@ -40,9 +40,9 @@ class TermErrors(Metric):
         self.counts = self.counts + counts
 
     def compute(self) -> Tensor:
-        """Return, for each loss term, its mean error and its number of errors, shape (2, terms).
+        """Return each loss term's mean error and the number of values averaged, shape (2, terms).
 
-        The mean error of a term without any errors is 0.
+        The mean is 0 where there was no value to average.
         """
         return torch.stack([self.sums / self.counts.clamp_min(1), self.counts])
 

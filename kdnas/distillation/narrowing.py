@@ -226,7 +226,7 @@ class CalibrationRows(list[Batch]):
 
 
 def _embedded(model: PreTrainedModel, rows: Sequence[Batch]) -> tuple[Tensor, Tensor]:
-    """Run the embeddings on all rows; return their norm's inputs, and their outputs, (N, width)."""
+    """Embed the rows; return the real tokens' states before and after the norm, both (N, width)."""
     before: list[Tensor] = []
     with embedding_norm(model).register_forward_hook(
         lambda module, inputs, output: before.append(inputs[0])
@@ -861,7 +861,7 @@ class _Linear(NamedTuple):
 
 
 def _copy_outputs(ours: Any, theirs: Any, to: Tensor, of: Tensor, factor: float = 1.0) -> None:
-    """Copy outputs ``of`` of linear ``theirs``, times ``factor``, to outputs ``to`` of ``ours``."""
+    """Set ``ours.weight[to] = theirs.weight[of] * factor``, and the bias likewise, in place."""
     ours.weight[to] = theirs.weight[of] * factor
     if ours.bias is not None:
         ours.bias[to] = theirs.bias[of] * factor

@@ -252,7 +252,8 @@ def _refuse_other(study: Study, results: Mapping[int, Outcome], storage: str | P
     """Raise an error if the database holds a study of this name that belongs to another search.
 
     Raises:
-        UserError: the study minimises, or has finished trials that are not in ``results``.
+        UserError: the study minimises (a search maximises the reward), or has finished trials that
+            are not among this search's ``results``.
     """
     if not isinstance(storage, Path) and not _is_of(study, results):
         raise UserError(
