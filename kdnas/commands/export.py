@@ -153,7 +153,7 @@ def _of_folder(config: ExportConfig) -> _Choice:
 
 
 def _output(config: ExportConfig, choice: _Choice) -> Path:
-    """Return the output folder; an earlier export in it is replaced only with ``force``.
+    """Return the output folder, after a check that an export may be written into it.
 
     Raises:
         UserError: the folder is the student's own, it holds something else than an export, or

@@ -199,7 +199,7 @@ def _table(rows: list[dict[str, Any]]) -> Table:
 
 
 def _draw(rows: list[dict[str, Any]]) -> Figure:
-    """Draw medians with interquartile ranges: a line per model, backend and number of threads."""
+    """Plot medians, with their IQR, over batch x length: a curve per model, backend and threads."""
     shapes, names = list(dict.fromkeys(map(_shape, rows))), _names(rows)
     lines: dict[str, list[dict[str, Any]]] = {}
     for row in rows:

@@ -93,7 +93,7 @@ def _mpnet_scores(model: Any, layer: int, query: Tensor, key: Tensor) -> Tensor:
 
 
 def _deberta_scores(model: Any, layer: int, query: Tensor, key: Tensor) -> Tensor:
-    """Return DeBERTa's attention scores: with products of queries, keys and relative positions."""
+    """Return DeBERTa's scores: query times key, plus products of each with relative positions."""
     attention = model.encoder.layer[layer].attention.self
     parts = 1 + len({"c2p", "p2c"} & set(attention.pos_att_type))
     scores = dot_scores(query, key, parts)
@@ -119,9 +119,10 @@ def _modernbert_scores(model: Any, layer: int, query: Tensor, key: Tensor) -> Te
 
 
 def _own_width(config: Any, arch: StudentArch) -> dict[str, Any]:
-    """Return the config field of a student's embedding width, or {} to keep the teacher's width.
+    """Return the config field of the embeddings' width for a student that needs its own, else {}.
 
-    If the teacher's embeddings are as wide as its hidden states, the student's are so, too.
+    If the teacher's embeddings are as wide as its hidden states, a student's embeddings are as wide
+    as the student's hidden states; otherwise they are as wide as the teacher's embeddings.
     """
     if config.embedding_size == config.hidden_size:
         return {"embedding_size": arch.hidden_size}
