@@ -81,7 +81,7 @@ def finetuned(role: str, source: str, task: LoadedTask, folder: Path) -> Path:
         load_classifier(source, task.task.num_labels),
         find_teacher(TEACHER).tokenizer,
         task,
-        FinetuneSettings(weight_decay=0.01),
+        FinetuneSettings(3, weight_decay=0.01),
         folder=folder,
         trainer_settings=TrainerSettings(),
         callbacks=[EpochLines(name, print)],

@@ -221,7 +221,7 @@ def main(args: Sequence[str] | None = None) -> None:
                     entry.make(task.task.num_labels),
                     find_teacher(entry.source).tokenizer,
                     task,
-                    FinetuneSettings(weight_decay=0.01, seed=seed),
+                    FinetuneSettings(3, weight_decay=0.01, seed=seed),
                     folder=place / f"{task.task.name}-{seed}",
                     trainer_settings=TrainerSettings(),
                     callbacks=[EpochLines(f"{entry.name} {task.task.name} {seed}", print)],

@@ -113,7 +113,8 @@ class Choice:
         if self.values:
             yield f"With these settings the run would need about {self.as_asked:.0f} minutes. Lowered:"
             for name, (asked, chosen) in self.values.items():
-                yield f"  {name} {chosen} instead of {asked}: {LEVERS[name]}"
+                usual = "its default" if asked is None else asked
+                yield f"  {name} {chosen} instead of {usual}: {LEVERS[name]}"
         yield (
             f"The run needs about {self.needed:.0f} minutes; {self.minutes:.0f} are left of its "
             "--time-budget."
@@ -239,9 +240,9 @@ def _options(config: RunConfig, measured: Measured) -> Iterator[dict[str, Any]]:
         *_fewer_rows(max(fewest, enough / 4), fewest),
         {"data.mini_fraction": 0.05},
     ]
-    epochs = config.finetune.num_epochs if measured.finetuning else 1
+    epochs = config.finetune.epochs_for(measured.sizes.num_train) if measured.finetuning else 1
     for num_epochs in range(epochs, 0, -1):
-        values: dict[str, Any] = {"finetune.num_epochs": num_epochs} if epochs > 1 else {}
+        values: dict[str, Any] = {"finetune.num_epochs": num_epochs} if num_epochs < epochs else {}
         for step in [{}, *first, *(last if num_epochs == 1 else [])]:
             values = values | step
             yield {name: value for name, value in values.items() if _is_lower(config, name, value)}
@@ -274,7 +275,7 @@ def _is_lower(config: RunConfig, name: str, value: Any) -> bool:
     asked = value_of(config, name)
     if asked != value_of(RunConfig(teacher="", text=""), name):
         return False
-    return name == "pruner" or value < asked
+    return name == "pruner" or asked is None or value < asked
 
 
 def value_of(config: RunConfig, name: str) -> Any:
@@ -320,7 +321,8 @@ def rough_minutes(config: RunConfig) -> float:
     if source:
         task, grid = load_task(source), config.grid
         num_fits = 1 if grid is None else 1 + len(grid.batch_sizes) * len(grid.learning_rates)
-        labelled = len(task.train["label"]) * config.finetune.num_epochs * num_fits
+        num_train = len(task.train["label"])
+        labelled = num_train * config.finetune.epochs_for(num_train) * num_fits
         flops += 6 * (size + 3 * student) * labelled * config.finetune.max_length / 2
     seconds = flops / (SLOWEST_CORE * torch.get_num_threads())
     return (seconds + SLOWEST_START * (2 + search.n_trials)) / 60

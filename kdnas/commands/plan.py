@@ -568,7 +568,9 @@ def _later(measured: Measured, config: RunConfig) -> list[Stage]:
         num_fits = 1 if grid is None else 1 + len(grid.batch_sizes) * len(grid.learning_rates)
         one, other = (
             num_fits
-            * rates.seconds(config.finetune.num_epochs, sizes.num_train, sizes.num_validation)
+            * rates.seconds(
+                config.finetune.epochs_for(sizes.num_train), sizes.num_train, sizes.num_validation
+            )
             for rates in (fitting.teacher, fitting.student)
         )
         # The layer cut is about as fast as the student; the static vectors take almost no time.

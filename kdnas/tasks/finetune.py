@@ -41,7 +41,8 @@ class FinetuneSettings:
     """How a classifier is fine-tuned; the same for teacher and student.
 
     Args:
-        num_epochs: passes over the training rows; the model is scored after the last pass.
+        num_epochs: passes over the training rows; the model is scored after the last pass. null:
+            3 to 10, as many as 600 steps take (``usual_num_epochs``).
         learning_rate: AdamW's peak learning rate, reached after the warm-up; it then falls linearly
             to 0. null: by the model's size (``usual_learning_rate``): 5e-5 for BERT-base, more for
             smaller models.
@@ -57,7 +58,7 @@ class FinetuneSettings:
         UserError: a value is out of its range.
     """
 
-    num_epochs: int = 3
+    num_epochs: int | None = None
     learning_rate: float | None = None
     batch_size: int = 32
     max_length: int = 128
@@ -73,8 +74,9 @@ class FinetuneSettings:
             ("seed", 0),
             ("weight_decay", 0),
         ):
-            if not getattr(self, name) >= least:
-                raise UserError(f"{name} is {getattr(self, name)}: give at least {least}.")
+            value = getattr(self, name)
+            if value is not None and not value >= least:
+                raise UserError(f"{name} is {value}: give at least {least}.")
         if self.learning_rate is not None and not 0 < self.learning_rate < 1:
             raise UserError(
                 f"learning_rate is {self.learning_rate}: give a number above 0 and below 1, such as "
@@ -84,6 +86,22 @@ class FinetuneSettings:
             raise UserError(
                 f"warmup_share is {self.warmup_share}: give a share of at least 0 and below 1."
             )
+
+    def epochs_for(self, num_rows: int) -> int:
+        """Return ``num_epochs`` or, if it is null, the usual number for so many training rows."""
+        return self.num_epochs or usual_num_epochs(math.ceil(num_rows / self.batch_size))
+
+
+def usual_num_epochs(num_steps: int) -> int:
+    """Return the epochs of a fine-tuning whose epoch has ``num_steps`` steps.
+
+    As many as 600 steps take, but 3 to 10: on few rows, three epochs end long before a small
+    student has learned its task (LOG.md).
+
+    Source: Mosbach et al. 2021, "On the stability of fine-tuning BERT", who train longer on small
+    tasks.
+    """
+    return min(10, max(3, math.ceil(600 / num_steps)))
 
 
 def usual_learning_rate(config: PreTrainedConfig) -> float:
@@ -344,6 +362,7 @@ def evaluate_glue(
     name_classes(classifier.config, task.task.label_names or unnamed)
     attention = classifier.config._attn_implementation
     history = _History()
+    num_epochs = settings.epochs_for(len(task.train["label"]))
     data = GLUEDataModule(
         task,
         tokenizer,
@@ -354,9 +373,7 @@ def evaluate_glue(
     with own_random_numbers():
         torch.manual_seed(settings.seed)
         module = (make_module or GLUEModule)(classifier, task.task, settings)
-        fit_resumable(
-            trainer_settings, folder, settings.num_epochs, module, data, [history, *callbacks]
-        )
+        fit_resumable(trainer_settings, folder, num_epochs, module, data, [history, *callbacks])
     trained_in = str(module.trainer.precision)
     classifier.eval()
     classifier.set_attn_implementation(attention)
@@ -366,7 +383,8 @@ def evaluate_glue(
             tokenizer.save_pretrained(model)
     result = _result(module, task, history) | {
         "seconds": time.perf_counter() - start,
-        "settings": asdict(settings) | {"learning_rate": module.learning_rate},
+        "settings": asdict(settings)
+        | {"num_epochs": num_epochs, "learning_rate": module.learning_rate},
         "precision": trainer_settings.precision,
         "gradient_clip_val": trainer_settings.gradient_clip_val,
         "trained_in": trained_in,

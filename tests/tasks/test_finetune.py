@@ -259,10 +259,9 @@ def test_a_class_has_no_name_that_was_the_teacher_s_of_another_task(teacher, tas
     }
 
 
-def test_the_defaults_are_those_of_run_glue_but_for_batches_and_rates():
+def test_the_defaults_are_those_of_run_glue_but_for_batches_rates_and_epochs():
     arguments = RUN_GLUE
     settings = FinetuneSettings()
-    assert settings.num_epochs == arguments.num_train_epochs
     assert settings.weight_decay == arguments.weight_decay
     assert arguments.lr_scheduler_type == "linear"
     assert settings.max_length == 128  # the script's own
@@ -294,6 +293,24 @@ def test_without_a_rate_a_model_learns_at_the_usual_one_and_the_result_has_it(
     result = evaluate(classifier(teacher), task, tmp_path, settings, callbacks=[Rates()])
     usual = usual_learning_rate(AutoConfig.from_pretrained(teacher))
     assert rates[0] == usual == result["settings"]["learning_rate"]
+
+
+@pytest.mark.parametrize(
+    ("num_rows", "batch_size", "epochs"),
+    [(67_349, 32, 3), (5_749, 32, 4), (3_000, 32, 7), (3_000, 64, 10), (48, 16, 10)],
+)
+def test_the_usual_number_of_epochs_goes_by_the_rows_of_a_task(num_rows, batch_size, epochs):
+    assert FinetuneSettings(batch_size=batch_size).epochs_for(num_rows) == epochs
+    assert FinetuneSettings(num_epochs=2, batch_size=batch_size).epochs_for(num_rows) == 2
+
+
+def test_without_a_number_of_epochs_it_is_the_usual_one_and_the_result_has_it(
+    teacher, task, tmp_path
+):
+    settings = dataclasses.replace(SETTINGS, num_epochs=None)
+    result = evaluate(classifier(teacher), task, tmp_path, settings)
+    usual = settings.epochs_for(len(task.train["label"]))
+    assert len(result["history"]) == usual == result["settings"]["num_epochs"]
 
 
 def test_the_optimizer_is_transformers_own(teacher, task):
