@@ -102,7 +102,7 @@ def record_of(precision: Precision, hidden_size: int) -> np.dtype[np.void]:
 
 
 def pack(states_NH: Tensor, packed: np.ndarray) -> None:
-    """Write hidden states (N, H) into ``packed``, whose N records have the dtype that ``record_of`` returns."""
+    """Write hidden states (N, H) into ``packed``, N records of the dtype ``record_of`` gives."""
     within_half(states_NH)  # ``unpack`` returns float16, in whatever type they are stored
     if "scale" in packed.dtype.fields:  # type: ignore[operator]
         states_NH = states_NH.float()
