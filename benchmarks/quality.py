@@ -52,11 +52,11 @@ MOST_TRAIN_ROWS = 6_000
 
 
 def shape_of(name: str, teacher: PreTrainedConfig) -> StudentArch:
-    """``4x192`` as layers x width, with heads as large as the teacher's."""
-    depth, width = map(int, name.split("x"))
+    """``4x192`` as layers x width, with heads as large as the teacher's; ``4x192x384`` has the intermediate size, too."""
+    depth, width, *intermediate = map(int, name.split("x"))
     whole = arch_of(teacher)
     num_heads = width * whole.num_attention_heads // whole.hidden_size
-    return StudentArch(depth, num_heads, width, 4 * width, whole.hidden_act)
+    return StudentArch(depth, num_heads, width, *(intermediate or [4 * width]), whole.hidden_act)
 
 
 @dataclass(frozen=True)
@@ -170,7 +170,12 @@ def main(args: Sequence[str] | None = None) -> None:
         "--folder", type=Path, default=OUTPUT / "quality", help="where the runs are kept"
     )
     parser.add_argument("--teacher", default=TEACHER, help="as of kdnas")
-    parser.add_argument("--shapes", nargs="*", default=list(SHAPES), help="layers x width")
+    parser.add_argument(
+        "--shapes",
+        nargs="*",
+        default=list(SHAPES),
+        help="layers x width, or layers x width x intermediate size",
+    )
     parser.add_argument("--cut", type=int, default=2, help="layers of the cut teacher")
     parser.add_argument(
         "--also", nargs="*", default=[], help="more encoders for the table: NAME=FOLDER"

@@ -6,6 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -49,6 +50,7 @@ import overhead
 import quality
 import recipe
 import samplers
+import single_sentences
 import starts
 import step
 import text
@@ -67,6 +69,7 @@ BENCHMARKS = (
     quality,
     recipe,
     samplers,
+    single_sentences,
     starts,
     step,
     text,
@@ -599,6 +602,23 @@ def test_shares_kept_are_of_the_teacher_that_is_there(is_there, tmp_path, monkey
     assert shares == (pytest.approx(expected) if is_there else [None] * 4)
     assert ("Shares are not known" in capsys.readouterr().out) == (not is_there)
     assert (tmp_path / "out.png").exists() == is_there
+
+
+def test_a_task_of_which_source_has_whole_pieces_of_each(tmp_path):
+    texts = {"masc/blog": "b" * 3, "masc/email": "e", "gutenberg/emma": "g"}
+    rows = [
+        {"source": source, "text": " ".join([letter] * 60)}
+        for source, letters in texts.items()
+        for letter in letters * 10
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "text.parquet")
+    place = single_sentences.which_source(str(tmp_path / "text.parquet"), "genre", tmp_path)
+    task = load_task(place)
+    rows = [
+        *zip(task.train["sentence"], task.train["label"], strict=True),
+        *zip(task.validation["sentence"], task.validation["label"], strict=True),
+    ]
+    assert sorted(rows) == [(" ".join("b" * 24), 0)] * 60 + [(" ".join("e" * 24), 1)] * 20
 
 
 def test_what_crosses_is_between_two_sentences_alone():
