@@ -211,6 +211,8 @@ def _quieten(*loggers: str) -> None:
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
         lambda record: "Tip: " not in str(record.msg)
     )
+    # A signal in the middle of a query is logged with a traceback by the study's database.
+    logging.getLogger("sqlalchemy.pool").setLevel(logging.CRITICAL)
     level = logging.INFO if log.isEnabledFor(logging.DEBUG) else logging.ERROR
     for name in loggers:
         logging.getLogger(name).setLevel(level)
