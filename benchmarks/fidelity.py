@@ -16,6 +16,7 @@ that a score puts first is below the best. What is done is kept in ``--folder`` 
     python benchmarks/fidelity.py --text train.parquet --glue glue --rows 4000
 """
 
+import json
 import random
 import time
 from collections.abc import Callable, Sequence
@@ -147,7 +148,9 @@ def report(students: Sequence[dict[str, Any]], path: Path) -> None:
             f"{row['regret_points']:.1f}",
         )
     Console(width=100).print(table)
-    write_json(path, {"machine": machine(), "rows": rows, "students": list(students)})
+    found = {"machine": machine(), "rows": rows, "students": list(students)}
+    # A tau of students that are all equal is not a number, which JSON has not.
+    write_json(path, json.loads(json.dumps(found), parse_constant=lambda _: None))
 
 
 def main(args: Sequence[str] | None = None) -> None:

@@ -136,6 +136,7 @@ def test_every_benchmark_ends_with_its_figures(
             if hasattr(module, name):
                 monkeypatch.setattr(module, name, value)
     monkeypatch.setattr(base_teacher, "fetch", lambda: wide_teacher)
+    monkeypatch.setattr(base_teacher, "SHAPES", ("4x192x384",))  # narrower than this teacher
     monkeypatch.setattr(base_teacher, "QUICKSTART", str(wide_teacher))
     monkeypatch.setattr(starts, "make_teacher", lambda *_: str(wide_teacher))
     for name, columns in GLUE.items():
@@ -471,6 +472,15 @@ def test_the_ceiling_is_the_agreement_of_two_seeds(tmp_path, capsys):
     assert rows["candidate"]["of_ceiling"] == pytest.approx(5 / 4)
     assert rows["candidate"]["regret_points"] == 0
     assert "tasks (the ceiling)" in capsys.readouterr().out
+
+
+def test_a_tau_of_students_that_are_all_equal_is_null(tmp_path):
+    seeds = [dict.fromkeys(fidelity.SCORES[:-1], 0.5)] * 2
+    students = [{"arch": ARCH.to_dict(), "seeds": seeds, "tasks": (0.1, 0.1)}] * 3
+    with pytest.warns(RuntimeWarning, match="empty slice"):
+        fidelity.report(students, tmp_path / "found.json")
+    rows = json.loads((tmp_path / "found.json").read_text())["rows"]
+    assert rows["start"]["tau"] is rows["tasks"]["of_ceiling"] is None
 
 
 def test_error_of_a_ratio_is_the_median_of_relative_differences():
