@@ -1,11 +1,11 @@
 """What one change to configs/fit.yaml is worth, judged by fine-tuning on rows that no other benchmark reports.
 
-Each variant changes one thing of the recipe or of the data, and distils a student of 4 layers x 192 (3 x 384 where the
-name says so) on 30 % of a text. Then it is fine-tuned on rows of STS-B, CoLA, MRPC and SST-2's training split and scored
-on others of that split. ``--kd-seeds`` draw the rows, their masks and order anew: what they change is noise. Seconds
-are the cores' own, without those of the teacher's states. A loss is shown where the held-out rows are those of ``fit``.
-A run is kept in ``--folder`` and goes on where it was stopped; ``--only`` names parts of it, so that processes can
-share the work. LOG.md names further variants that did not help; f1f1d4e was the last commit with them.
+Each variant changes one thing of the recipe or of the data, and distils a student of ``--shape`` from ``--teacher`` on
+30 % of a text. Then it is fine-tuned, at the usual rate of its size, on rows of STS-B, CoLA, MRPC and SST-2's training
+split and scored on others of that split. ``--kd-seeds`` draw the rows, their masks and order anew: what they change is
+noise. Seconds are the cores' own, without those of the teacher's states. A loss is shown where the held-out rows are
+those of ``fit``. A run is kept in ``--folder`` and goes on where it was stopped; ``--only`` names parts of it, so that
+processes can share the work. LOG.md names further variants that did not help; f1f1d4e was the last commit with them.
 
     python benchmarks/variants.py --text train.parquet --glue glue --kd-seeds 0 1 --only fit dropout
 """
@@ -22,7 +22,7 @@ from typing import Any
 from common import OUTPUT, TEACHER, cut_text, machine, options, quieten, read_config  # isort: skip (before torch)
 
 import torch
-from quality import SHAPES, some_rows
+from quality import SHAPES, shape_of, some_rows
 from rich.console import Console
 from rich.table import Table
 
@@ -49,8 +49,6 @@ from kdnas.tasks.tasks import LoadedTask, load_task
 from kdnas.training.progress import EpochLines
 from kdnas.training.trainer import TrainerSettings, fit, make_trainer
 
-ARCH = SHAPES["4x192"]
-WIDE = SHAPES["3x384"]
 # Epochs of fine-tuning; small students take more than their teachers (LOG.md).
 TASKS = {"stsb": 6, "cola": 4, "mrpc": 4, "sst2": 2}
 MOST_ROWS, HELD_OUT = 7_000, 0.25
@@ -63,13 +61,11 @@ class Variant:
     Args:
         recipe: of ``Recipe``.
         data: of ``DataSettings``.
-        arch: of the student.
         epochs: for ``--epochs``, as a factor.
     """
 
     recipe: dict[str, Any] = field(default_factory=dict)
     data: dict[str, Any] = field(default_factory=dict)
-    arch: StudentArch = ARCH
     epochs: float = 1.0
 
 
@@ -79,18 +75,24 @@ def _sum(*objectives: Objective, weights: Sequence[float]) -> dict[str, Any]:
 
 LAST = HiddenStates(LastLayer())
 MAPS = _sum(LAST, AttentionMaps(), PairComparison(), weights=[1.0, 1.0, 0.5])
+
+
+def _rates(factor: float) -> dict[str, float]:
+    """All learning rates of the default recipe, times a factor."""
+    return {
+        field.name: factor * field.default
+        for field in dataclasses.fields(Recipe)
+        if field.name.endswith("learning_rate")
+    }
+
+
 # An epoch at such rates leaves the start as it is, and measures it.
-UNMOVED = {
-    field.name: 1e-12
-    for field in dataclasses.fields(Recipe)
-    if field.name.endswith("learning_rate")
-}
+UNMOVED = _rates(1e-9)
 
 VARIANTS = {
     "fit": Variant(),
     "twice-as-long": Variant(epochs=2),
     "start-alone": Variant(recipe=UNMOVED, epochs=1 / 3),
-    "3x384-start-alone": Variant(arch=WIDE, recipe=UNMOVED, epochs=1 / 3),
     "last-layer": Variant(recipe={"objective": LAST}),
     "last-and-skip": Variant(recipe={"objective": HiddenStates(LastAndSkip())}),
     "even": Variant(recipe={"objective": HiddenStates(Even())}),
@@ -114,9 +116,9 @@ VARIANTS = {
     "dropout": Variant(recipe={"dropout": True}),
     "adamw": Variant(recipe={"matrix_learning_rate": None}),
     "adamw-5e-4": Variant(recipe={"matrix_learning_rate": None, "learning_rate": 5e-4}),
+    "rates-0.3": Variant(recipe=_rates(0.3)),
+    "rates-0.1": Variant(recipe=_rates(0.1)),
     "decay-0.1": Variant(recipe={"weight_decay": 0.1}),
-    "3x384": Variant(arch=WIDE),
-    "3x384-maps-shorter": Variant(arch=WIDE, recipe=MAPS, data={"mini_fraction": 0.25}),
 }
 SAME_ROWS = {
     "batch_tokens",
@@ -129,18 +131,26 @@ def place_of(folder: Path, name: str, seed: int) -> Path:
     return folder / (f"{name}-seed-{seed}" if seed else name)
 
 
-def distil(name: str, seed: int, text: str, num_epochs: int, folder: Path) -> None:
+def distil(
+    name: str,
+    seed: int,
+    text: str,
+    num_epochs: int,
+    folder: Path,
+    source: str = TEACHER,
+    arch: StudentArch = SHAPES["4x192"],
+) -> None:
     """Distil a variant into its place, unless it is there."""
     variant, target = VARIANTS[name], place_of(folder, name, seed)
     if (target / "result.json").exists():
         return
-    config, teacher = read_config("fit"), find_teacher(TEACHER)
+    config, teacher = read_config("fit"), find_teacher(source)
     data_settings = dataclasses.replace(config.data, seed=seed, **variant.data)
-    data = KDDataModule(TEACHER, text, data_settings, split="mini")
+    data = KDDataModule(source, text, data_settings, split="mini")
     data.setup()
     torch.manual_seed(seed)
     recipe = dataclasses.replace(config.recipe, **variant.recipe)
-    module = HiddenStateDistillModule(teacher, variant.arch, recipe)
+    module = HiddenStateDistillModule(teacher, arch, recipe)
     wanted = StatesSettings(str(OUTPUT / "teacher_states"), 100)
     module.states = open_states(teacher, data, module.target_layers, wanted)
     begin = time.process_time()
@@ -153,9 +163,9 @@ def distil(name: str, seed: int, text: str, num_epochs: int, folder: Path) -> No
     write_json(target / "result.json", {"cpu_seconds": seconds, "history": module.history})
 
 
-def finetune(folder: Path, tasks: Sequence[LoadedTask], num_seeds: int) -> None:
+def finetune(folder: Path, tasks: Sequence[LoadedTask], num_seeds: int, source: str) -> None:
     """Fine-tune the student in ``folder`` on each task, several times."""
-    tokenizer = find_teacher(TEACHER).tokenizer
+    tokenizer = find_teacher(source).tokenizer
     for task in tasks:
         for seed in range(num_seeds):
             torch.manual_seed(seed)
@@ -164,9 +174,7 @@ def finetune(folder: Path, tasks: Sequence[LoadedTask], num_seeds: int) -> None:
                 classifier,
                 tokenizer,
                 task,
-                FinetuneSettings(
-                    TASKS[task.task.name], 2e-4, 32, 128, 0.06, weight_decay=0.01, seed=seed
-                ),
+                FinetuneSettings(TASKS[task.task.name], weight_decay=0.01, seed=seed),
                 folder=folder / f"{task.task.name}-{seed}",
                 trainer_settings=TrainerSettings(),
                 callbacks=[EpochLines(f"{folder.name} {task.task.name} {seed}", print)],
@@ -231,6 +239,10 @@ def main(args: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--folder", type=Path, default=OUTPUT / "variants", help="where the runs are kept"
     )
+    parser.add_argument("--teacher", default=TEACHER, help="as of kdnas")
+    parser.add_argument(
+        "--shape", default="4x192", help="layers x width, or layers x width x intermediate size"
+    )
     parser.add_argument("--epochs", type=int, default=3, help="of distillation")
     parser.add_argument("--seeds", type=int, default=2, help="of fine-tuning")
     parser.add_argument("--kd-seeds", type=int, nargs="*", default=[0], help="of distillation")
@@ -246,7 +258,8 @@ def main(args: Sequence[str] | None = None) -> None:
         names, arguments.epochs, arguments.seeds, arguments.kd_seeds = ["fit", "dropout"], 1, 1, [0]
         arguments.folder = OUTPUT / "variants_quick"
     quieten()
-    arguments.folder /= f"{arguments.epochs}_epochs"
+    source = arguments.teacher
+    arguments.folder /= f"{Path(source).name}-{arguments.shape}-{arguments.epochs}_epochs"
     arguments.folder.mkdir(parents=True, exist_ok=True)
     text = cut_text(arguments.text, arguments.folder, most=600 if arguments.quick else None)
     tasks = [
@@ -257,9 +270,11 @@ def main(args: Sequence[str] | None = None) -> None:
     ]
     if arguments.quick:
         tasks = [some_rows(task, 600) for task in tasks]
+    config = find_teacher(source).config
+    arch = shape_of(arguments.shape, config)
     for seed, name in product(arguments.kd_seeds, names):
-        distil(name, seed, text, arguments.epochs, arguments.folder)
-        finetune(place_of(arguments.folder, name, seed), tasks, arguments.seeds)
+        distil(name, seed, text, arguments.epochs, arguments.folder, source, arch)
+        finetune(place_of(arguments.folder, name, seed), tasks, arguments.seeds, source)
     show(arguments.folder, arguments.kd_seeds, [task.task.name for task in tasks], arguments.json)
 
 
