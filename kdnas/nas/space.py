@@ -133,17 +133,20 @@ class SearchSpace:
         """Yield student shapes that are good by a rule of thumb (see LOG.md), the deepest first.
 
         There is one shape for each depth in the space. It has half of the largest width and number
-        of heads, a quarter of the largest intermediate size (or the value in the space that is
-        nearest to it), and the first activation.
+        of heads, and a quarter of the largest intermediate size. In a space of more than six layers
+        it has the largest width and number of heads, and half of the intermediate size. Each is
+        the value in the space that is nearest; the activation is the first.
         """
-        parts = {"num_attention_heads": 2, "hidden_size": 2, "intermediate_size": 4}
+        depths = sorted(self.choices["num_hidden_layers"], reverse=True)
+        halve = 1 if depths[0] > 6 else 2
+        parts = {"num_attention_heads": halve, "hidden_size": halve, "intermediate_size": 2 * halve}
         sizes = {
             name: min(
                 self.choices[name], key=lambda size: abs(size - max(self.choices[name]) / part)
             )
             for name, part in parts.items()
         }
-        for depth in sorted(self.choices["num_hidden_layers"], reverse=True):
+        for depth in depths:
             yield StudentArch(
                 **sizes, num_hidden_layers=depth, hidden_act=self.choices["hidden_act"][0]
             )

@@ -47,14 +47,14 @@ def config(request: pytest.FixtureRequest) -> PreTrainedConfig:
     return TEACHERS[request.param]
 
 
-def test_by_rule_students_have_half_of_their_teacher_s_width_the_deepest_first():
+def test_by_rule_students_of_a_deep_teacher_are_as_wide_and_others_half_the_deepest_first():
     def shapes(config: PreTrainedConfig) -> list[tuple[int, ...]]:
         rule = list(SearchSpace.from_teacher(config).by_rule())
         assert {arch.hidden_act for arch in rule} == {config.hidden_act}
         return [tuple(getattr(arch, size) for size in SIZES) for arch in rule]
 
     assert shapes(TEACHERS["bert-base"]) == [
-        (depth, 6, 384, 768) for depth in (12, 10, 8, 6, 5, 4, 3, 2, 1)
+        (depth, 12, 768, 1536) for depth in (12, 10, 8, 6, 5, 4, 3, 2, 1)
     ]
     assert shapes(TEACHERS["minilm-l6"])[0] == (6, 6, 192, 384)
     assert shapes(TEACHERS["one layer, one head"]) == [(1, 1, 16, 16)]
