@@ -71,8 +71,8 @@ class Recipe:
         start: how the student's weights are initialised from the teacher's.
         learning_rate: AdamW's peak learning rate for parameters that are not copied from the
             teacher.
-        copied_learning_rate: AdamW's peak learning rate for parameters copied from the teacher; a
-            high rate would undo the copy.
+        copied_learning_rate: AdamW's peak learning rate for parameters copied from the teacher, as
+            all of a student that is as wide as it are; a high rate would undo the copy.
         matrix_learning_rate: Muon's peak learning rate for the matrices in the student's layers;
             null: AdamW trains them too.
         copied_matrix_learning_rate: Muon's peak learning rate for matrices copied from the teacher.

@@ -24,8 +24,8 @@ class Started:
     """Which parameters and heads of a student were initialised from its teacher.
 
     Args:
-        copied: names of the student's parameters that were copied; they are trained at lower
-            learning rates.
+        copied: names of the student's parameters that were copied, or copied and corrected; they
+            are trained at lower learning rates.
         heads: for each student layer, numbers of the teacher heads that its heads were made from;
             None: the heads were not made from the teacher's.
     """
@@ -97,7 +97,8 @@ class FromTeacher(Start):
     linear map is then fitted by least squares on training rows: its inputs are the student's own
     hidden states, its targets the teacher's outputs. So each map also corrects the errors of the
     maps before it. If the student is as wide as its teacher, nothing is projected: the kept heads
-    and neurons are copied, and least squares correct the copied maps for what was dropped.
+    and neurons are copied, and least squares correct the copied maps for what was dropped. All
+    parameters of such a student train at the learning rates of copied ones.
 
     Raises:
         UserError: a size of the student is larger than its teacher's.
@@ -114,7 +115,10 @@ class FromTeacher(Start):
         self.check(student.config, teacher.config)
         if arch_of(student.config) == arch_of(teacher.config):
             return copy_layers(student, teacher)
-        return Started(copied_tables(student), narrow(student, teacher, rows))
+        heads = narrow(student, teacher, rows)
+        if student.config.hidden_size == teacher.config.hidden_size:
+            return Started(frozenset(dict(student.named_parameters())), heads)
+        return Started(copied_tables(student), heads)
 
 
 def _check_sizes(student: PreTrainedConfig, teacher: PreTrainedConfig, *names: str) -> None:

@@ -1,3 +1,4 @@
+import dataclasses
 import math
 import threading
 from pathlib import Path
@@ -789,7 +790,9 @@ def test_copied_parameters_have_their_own_rate_and_only_matrices_decay(
     any_teacher, text_file, states_settings, matrix_rate
 ):
     teacher = find_teacher(str(any_teacher))
-    for arch in (NARROW, whole := arch_of(teacher.config)):
+    whole = arch_of(teacher.config)
+    shallow = dataclasses.replace(whole, num_hidden_layers=1)
+    for arch in (NARROW, shallow, whole):
         recipe = dict(
             learning_rate=1e-2, copied_learning_rate=1e-4, weight_decay=0.5, constant_rate=True
         )
@@ -807,7 +810,7 @@ def test_copied_parameters_have_their_own_rate_and_only_matrices_decay(
         assert found.keys() == set(names.values())
         for parameter, name in names.items():
             is_copied = name.startswith("student.") and (
-                arch is whole
+                arch is not NARROW
                 or (
                     teacher.config.model_type == "albert" and name.startswith("student.embeddings.")
                 )
